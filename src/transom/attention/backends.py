@@ -23,7 +23,7 @@ from transom.attention.graphs import constant_in_graphs
 from transom.attention.mask import MaskSpec
 from transom.attention.reference import reference
 from transom.attention.view import CacheView, ScoreArgs
-from transom.base.errors import RequestError, nearest, notice, require
+from transom.base.errors import RequestError, expect, nearest, notice
 from transom.base.files import cache_dir, read_json
 from transom.base.locks import FolderLock
 
@@ -103,8 +103,7 @@ def backend(name: str) -> Attend:
     if name == "auto":
         return auto
     known = ("auto", *BACKENDS)
-    expected = f"expected {', '.join(known)}{nearest(name, known)}"
-    require(name in BACKENDS, "attention backend", name, expected)
+    expect(name in BACKENDS, "attention backend", name, f"{', '.join(known)}{nearest(name, known)}")
     return BACKENDS[name]
 
 
@@ -206,7 +205,7 @@ def refuse(failures: Mapping[str, str]) -> Path:
         The file that was written.
     """
     for name in failures:
-        require(name in BACKENDS, "attention backend", name, f"expected {', '.join(BACKENDS)}")
+        expect(name in BACKENDS, "attention backend", name, ", ".join(BACKENDS))
     path = refused_file()
     with FolderLock(path, wait=True):  # another process may write as well
         table = {**_read_refused(), machine_key(): dict(failures)}

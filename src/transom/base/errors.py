@@ -18,19 +18,24 @@ class WorkError(RuntimeError):
     """The request is right, but the work failed. Commands print the message and exit with 1."""
 
 
-def require(condition: bool, field: str, value: object, expected: str) -> None:
+def require(condition: bool, field: str, value: object, reason: str) -> None:
     """Raise `RequestError` unless a condition holds.
 
-    The message has the form `FIELD: got VALUE; expected WHAT`.
+    The message has the form `FIELD: got VALUE; REASON`; see `expect` for the usual reason.
 
     Args:
         condition: Whether the value is accepted.
         field: The name of the field, argument or file.
         value: The value, of which the `repr` is printed.
-        expected: What is accepted: "expected ...".
+        reason: Why the value is not accepted, and what would be.
     """
     if not condition:
-        raise RequestError(f"{field}: got {short_repr(value)}; {expected}")
+        raise RequestError(f"{field}: got {short_repr(value)}; {reason}")
+
+
+def expect(condition: bool, field: str, value: object, accepted: str) -> None:
+    """Raise `RequestError` unless a condition holds: `FIELD: got VALUE; expected ACCEPTED`."""
+    require(condition, field, value, f"expected {accepted}")
 
 
 def short_repr(value: object, most: int = 200) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, WorkError, notice, require
+from transom.base.errors import RequestError, WorkError, expect, notice
 
 # How every pointer of Git LFS begins (its specification, version 1).
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -97,7 +97,7 @@ def json_object(content: bytes, path: Path) -> dict[str, Any]:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{path}: not JSON ({error})") from None
-    require(isinstance(data, dict), str(path), type(data).__name__, "expected a JSON object")
+    expect(isinstance(data, dict), str(path), type(data).__name__, "a JSON object")
     return dict(data)
 
 

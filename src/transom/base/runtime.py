@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.base.processes import local_rank, local_world_size, world_size
 
 # The names that torch gives to instructions that multiply bfloat16: x86 (two), Arm.
@@ -68,12 +68,12 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if world_size() > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
         count, ranks = torch.cuda.device_count(), local_world_size()
-        expected = f"expected cpu, or at most {count} ranks on this machine, one for each GPU"
-        require(local_rank() < count, "device", f"{name} for {ranks} ranks", expected)
+        expected = f"cpu, or at most {count} ranks on this machine, one for each GPU"
+        expect(local_rank() < count, "device", f"{name} for {ranks} ranks", expected)
         return torch.device("cuda", local_rank())
     if world_size() > 1:
         alone = name not in ("auto", "cpu")
-        require(not alone, "device", name, "expected auto, cuda or cpu with several ranks")
+        expect(not alone, "device", name, "auto, cuda or cpu with several ranks")
         return torch.device("cpu")
     if name == "auto":
         if torch.cuda.is_available():

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.base.fields import Plain, options_of
 from transom.base.files import read_text
 
@@ -69,7 +69,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise RequestError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     data = {} if data is None else data
-    require(isinstance(data, dict), str(path), data, "expected a mapping of fields")
+    expect(isinstance(data, dict), str(path), data, "a mapping of fields")
     return dict(data)
 
 

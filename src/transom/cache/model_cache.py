@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.cache.store import LayerCache, RotatingBufferCache, SlotStore, StaticCache
 from transom.config.layer_args import RopeArgs
 from transom.config.model_args import ModelArgs
@@ -95,10 +95,10 @@ class ModelCache:
         """
         rows = args.max_batch_size if batch_size is None else batch_size
         tokens = args.max_seq_len if capacity is None else capacity
-        require(rows >= 1, "batch_size", rows, "expected an integer of 1 or more")
-        require(tokens >= 1, "capacity", tokens, "expected an integer of 1 or more")
-        require(slack >= 0, "slack", slack, "expected an integer of 0 or more")
-        require(kv_bits in (8, 16), "kv_bits", kv_bits, "expected 8, or 16 for the model's dtype")
+        expect(rows >= 1, "batch_size", rows, "an integer of 1 or more")
+        expect(tokens >= 1, "capacity", tokens, "an integer of 1 or more")
+        expect(slack >= 0, "slack", slack, "an integer of 0 or more")
+        expect(kv_bits in (8, 16), "kv_bits", kv_bits, "8, or 16 for the model's dtype")
         scalings = [layer.rope.scaling for layer in args.layers if layer.rope is not None]
         by_length = any(scaling is not None and scaling.by_length for scaling in scalings)
         stores: dict[int | None, SlotStore] = {}  # by span
@@ -199,8 +199,7 @@ class ModelCache:
             RequestError: An integer `count_B` is not between 0 and `at_most`.
         """
         if isinstance(count_B, int):
-            fits = 0 <= count_B <= at_most
-            require(fits, "rollback", count_B, f"expected 0 to at_most = {at_most}")
+            expect(0 <= count_B <= at_most, "rollback", count_B, f"0 to at_most = {at_most}")
         depth = self.rolled_back + at_most
         if depth > self.deepest or not all(
             store.can_rollback(depth, self.peak) for store in self.stores

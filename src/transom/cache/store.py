@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from transom.attention.view import CacheView
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.cache.codes import from_codes, to_codes
 
 BUCKET = 256  # static views are cut to a multiple of this, so that short contexts stay cheap
@@ -226,7 +226,7 @@ class LayerCache:
     def _allocate(self, parts: tuple[Tensor, ...], rows: int) -> None:
         """Make room for what is stored of states, of which `parts` [..., K, H] are examples."""
         expected, device = self.store.batch_size, self.store.positions_BS.device
-        require(rows == expected, "tokens", f"{rows} rows", f"expected the cache's {expected} rows")
+        expect(rows == expected, "tokens", f"{rows} rows", f"the cache's {expected} rows")
         # Zeros, since 0 * NaN is NaN: a hidden slot of `torch.empty` could leak into the output.
         shape = (rows, self.store.capacity + 1)
         made = tuple(x.new_zeros(*shape, *x.shape[-2:], device=device) for x in parts)

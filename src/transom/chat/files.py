@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import WorkError, notice, require
+from transom.base.errors import WorkError, expect, notice
 from transom.base.files import read_json, read_text, shown_name
 from transom.tokenizers.folder import TEMPLATES
 from transom.tokenizers.token_files import spelling_of
@@ -59,8 +59,8 @@ def _templates(file: Path) -> dict[str, str]:
         items = [one if isinstance(one, dict) else {} for one in entry]
         named = {one.get("name"): one.get("template") for one in items}
     texts = isinstance(named, dict) and all(isinstance(one, str) for one in chain(*named.items()))
-    expected = "expected a text, an object of texts, or a list of objects with name and template"
-    require(texts, f"{file}: chat_template", entry, expected)
+    expected = "a text, an object of texts, or a list of objects with name and template"
+    expect(texts, f"{file}: chat_template", entry, expected)
     return dict(named)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 
 # The names that templates read reasoning under.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -33,7 +33,7 @@ def _plain(value: Any, name: str) -> Any:
         return value
     if isinstance(value, Mapping):
         for key in value:
-            require(isinstance(key, str), f"{name}: key", key, "expected text")
+            expect(isinstance(key, str), f"{name}: key", key, "text")
         return {str(key): _plain(one, f"{name}.{key}") for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(one, f"{name}[{at}]") for at, one in enumerate(value)]
@@ -68,8 +68,8 @@ def fit_content(message: dict[str, Any], source: str, name: str) -> None:
             part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content
         ]
         only_texts = all(isinstance(text, str) for text in texts)
-        expected = "expected parts of text only, since this template reads no others"
-        require(only_texts, f"{name}.content", kinds, expected)
+        expected = "parts of text only, since this template reads no others"
+        expect(only_texts, f"{name}.content", kinds, expected)
         message["content"] = content = "".join(map(str, texts))
     if results:
         if isinstance(content, str):
@@ -99,13 +99,13 @@ def open_last(
         [one for one in REASONING if message.get(one) == words] if field in REASONING else [field]
     )
     written = any(one in source for one in same)
-    require(written, name, field, "expected a field that the template writes")
+    expect(written, name, field, "a field that the template writes")
     if not isinstance(words, list):
-        require(isinstance(words, str), f"{name}.{field}", words, "expected text to continue")
+        expect(isinstance(words, str), f"{name}.{field}", words, "text to continue")
         return {**message, **dict.fromkeys(same, f"{words}{tag}")}, str(words)
     parts = [dict(part) if isinstance(part, dict) else part for part in words]
     texts = [part for part in parts if isinstance(part, dict) and "text" in part]
-    require(bool(texts), f"{name}.{field}", words, "expected parts with a text among them")
+    expect(bool(texts), f"{name}.{field}", words, "parts with a text among them")
     text = str(texts[-1]["text"])
     texts[-1]["text"] = f"{text}{tag}"
     return {**message, field: parts}, text

@@ -12,7 +12,7 @@ from datetime import datetime
 from functools import cache
 from typing import Any
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.base.worker import Worker
 
 MAX_SECONDS = 10.0  # of one request; published templates take milliseconds
@@ -35,11 +35,11 @@ class SandboxedTemplate:
 
     def __init__(self, source: str, origin: str) -> None:
         self.source, self.origin = source, origin
-        require(
+        expect(
             len(source) <= MAX_SOURCE,
             f"{origin}: characters",
             len(source),
-            f"expected at most {MAX_SOURCE}",
+            f"at most {MAX_SOURCE}",
         )
         self.names = frozenset(self._ask({})["names"])
         self.generation = GENERATION.search(source) is not None

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.base.files import read_text, shown_name
 from transom.chat import built_in
 from transom.chat.conversation import Conversation
@@ -66,7 +66,7 @@ class ChatTemplate:
     ) -> None:
         self.sources = {DEFAULT: sources} if isinstance(sources, str) else dict(sources)
         self.origin, self.tokenizer = origin, tokenizer
-        require(bool(self.sources), origin, [], "expected one template or more")
+        expect(bool(self.sources), origin, [], "one template or more")
         self._compiled = {
             name: SandboxedTemplate(
                 source, origin if len(self.sources) == 1 else f"{origin} ({name})"
@@ -177,8 +177,8 @@ class ChatTemplate:
             RequestError: If the template does not read one of the values.
         """
         once = not (add_generation_prompt and continue_final_message)
-        expected = "expected only one of it and add_generation_prompt"
-        require(once, "continue_final_message", continue_final_message, expected)
+        expected = "only one of it and add_generation_prompt"
+        expect(once, "continue_final_message", continue_final_message, expected)
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
         given: dict[str, Any] = {
@@ -190,7 +190,7 @@ class ChatTemplate:
             **plain(variables or {}, "variables"),
             "add_generation_prompt": add_generation_prompt,
         }
-        require(bool(given["messages"]), "messages", [], "expected one message or more")
+        expect(bool(given["messages"]), "messages", [], "one message or more")
         chosen = self._chosen(tools is not None)
         for name in (*(name for name in ("tools", "documents") if given[name]), *(variables or ())):
             if name not in chosen.names:
@@ -208,15 +208,15 @@ class ChatTemplate:
             return talk
         field = "content" if continue_final_message is True else continue_final_message
         name = f"messages[{len(messages) - 1}].{field}"
-        require(messages[-1].get(field) is not None, name, None, "expected text to continue")
+        expect(messages[-1].get(field) is not None, name, None, "text to continue")
         return talk.continued(field)
 
     def _chosen(self, with_tools: bool) -> SandboxedTemplate:
         """Return the template for a conversation, as transformers chooses it."""
         name = TOOL_USE if with_tools and TOOL_USE in self._compiled else DEFAULT
         names = sorted(self._compiled)
-        expected = f"expected the name of one of them, since none is called {DEFAULT}"
-        require(name in names, self.origin, names, expected)
+        expected = f"the name of one of them, since none is called {DEFAULT}"
+        expect(name in names, self.origin, names, expected)
         return self._compiled[name]
 
     def _call_form(self, chosen: SandboxedTemplate) -> CallForm:
@@ -345,8 +345,7 @@ class ChatTemplate:
             sources, origin = stored[template], f"{origin} ({template})"
         elif template is not None:
             names = ", ".join([*stored, *(one.name for one in built_in.BUILT_IN)])
-            expected = f"expected a file or {names}"
-            require(Path(template).is_file(), "chat template", template, expected)
+            expect(Path(template).is_file(), "chat template", template, f"a file or {names}")
             sources, origin = read_text(Path(template)), template
         stop = () if ready is None else ready.stop
         return cls(sources, tokenizer, origin=origin, variables=variables_of(folder), stop=stop)

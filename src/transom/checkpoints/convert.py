@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice, require
 from transom.base.files import read_json
 from transom.checkpoints.exported import Programs, dense_model, export_programs
 from transom.checkpoints.files.checksums import verify_step
@@ -91,11 +91,10 @@ def convert(
     out = Path(out)
     format = format or ("gguf" if out.suffix == ".gguf" else "hf")
     fits = format == "gguf" or out.suffix != ".gguf"
-    require(fits, "format", format, "expected gguf, as OUT ends in .gguf")
+    expect(fits, "format", format, "gguf, as OUT ends in .gguf")
     check_dtype(format, dtype)
     for name, value in (("context", context), ("batch", batch)):
-        fits = format == "exported" or value is None
-        require(fits, name, value, "expected none without format exported")
+        expect(format == "exported" or value is None, name, value, "none without format exported")
     location = find_model(source, revision)
     files = gguf_files(location.model)
     read = [path.resolve() for path in (*location.folders, *files)]
@@ -106,14 +105,14 @@ def convert(
     codes, awq = {}, format == "awq"
     if location.adapter is None and (format == "gguf" or keep_quantized or awq):
         codes = open_codes(location.model, args, {name: one.shape for name, one in state.items()})
-    require(bool(codes) or not awq, "format", format, "expected hf, as SRC has no codes")
-    expected = "expected a quantized folder or GGUF file, and format hf or native"
+    expect(bool(codes) or not awq, "format", format, "hf, as SRC has no codes")
+    expected = "a quantized folder or GGUF file, and format hf or native"
     fits = bool(codes) and format in ("hf", "native", "awq")
-    require(fits or not keep_quantized, "keep_quantized", keep_quantized, expected)
+    expect(fits or not keep_quantized, "keep_quantized", keep_quantized, expected)
     layout: FolderLayout | GgufLayout | Programs
     if format == "exported":
-        expected = "expected none, since the weights of programs are one file"
-        require(max_shard_size is None, "max_shard_size", max_shard_size, expected)
+        expected = "none, since the weights of programs are one file"
+        expect(max_shard_size is None, "max_shard_size", max_shard_size, expected)
         rows = 1 if batch is None else batch
         layout = export_programs(dense_model(args, ours, dtype), context, rows)
     else:

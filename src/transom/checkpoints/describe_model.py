@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, nearest, require
+from transom.base.errors import RequestError, expect, nearest
 from transom.checkpoints.adapters.peft_config import summary
 from transom.checkpoints.files.hub import is_hub_id
 from transom.checkpoints.files.layout import CONFIG, PARAMS
@@ -53,14 +53,12 @@ def describe_model(
     """
     path = Path(name)
     if path.is_file() and not is_gguf(path):
-        expected = (
-            "expected a config.json, a params.json, a GGUF file, a folder, a hub id or a preset"
-        )
-        require(path.name in (CONFIG, PARAMS), "file", name, expected)
-        require(revision is None, "revision", revision, "expected none without a hub id")
+        expected = "a config.json, a params.json, a GGUF file, a folder, a hub id or a preset"
+        expect(path.name in (CONFIG, PARAMS), "file", name, expected)
+        expect(revision is None, "revision", revision, "none without a hub id")
         return DescribedModel(name, read_args(path.parent), ModelLocation(path.parent))
     if not path.exists() and name in PRESETS:
-        require(revision is None, "revision", revision, "expected none without a hub id")
+        expect(revision is None, "revision", revision, "none without a hub id")
         return DescribedModel(f"preset {name}", preset(name), None)
     if not path.exists() and not is_hub_id(name) and not is_packaged(name):
         known = [*PACKAGED, *PRESETS]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from transom.attention.backends import in_operators_of_torch
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.base.files import write_text
 from transom.base.runtime import DTYPES, dtype_name, evaluating
 from transom.cache.model_cache import ModelCache
@@ -149,8 +149,8 @@ def export_programs(model: LLM, context: int | None = None, batch: int = 1) -> P
     args = model.args
     most = args.max_seq_len
     capacity = min(most, CONTEXT) if context is None else context
-    require(3 <= capacity <= most, "context", capacity, f"expected 3 to max_seq_len = {most}")
-    require(batch >= 1, "batch", batch, "expected 1 or more rows")
+    expect(3 <= capacity <= most, "context", capacity, f"3 to max_seq_len = {most}")
+    expect(batch >= 1, "batch", batch, "1 or more rows")
     _refuse(model)
     cache = TensorCache.build(args, batch, capacity, slack=0)
     with torch.no_grad(), evaluating(model):  # states are allocated at the first update
@@ -198,9 +198,9 @@ def _refuse(model: LLM) -> None:
     if args.head is not None or args.context_dim is not None:
         found = "a head" if args.head is not None else "attention to a context"
         raise RequestError(f"model: got {found}; expected a language model of tokens alone")
-    require(model.device.type == "cpu", "device", str(model.device), "expected cpu")
-    expected = "expected dense weights: their products in plain operators take eight times as long"
-    require(coded is None, f"{coded}.weight", "codes", expected)
+    expect(model.device.type == "cpu", "device", str(model.device), "cpu")
+    expected = "dense weights: their products in plain operators take eight times as long"
+    expect(coded is None, f"{coded}.weight", "codes", expected)
 
 
 def dense_model(args: ModelArgs, state: LazyTensors, dtype: str | None) -> LLM:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from transom.base import fields
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.base.fields import describe
 from transom.base.files import cache_dir, read_json, shown_name, write_text
 from transom.checkpoints.files.layout import files_read
@@ -47,7 +47,7 @@ class AdapterFacts:
 
     def __post_init__(self) -> None:
         made = self.base_fingerprint
-        require(bool(made), "base_fingerprint", made, "expected the fingerprint of a model")
+        expect(bool(made), "base_fingerprint", made, "the fingerprint of a model")
 
 
 def fingerprint(folder: str | Path, *, fresh: bool = False) -> str:
@@ -66,7 +66,7 @@ def fingerprint(folder: str | Path, *, fresh: bool = False) -> str:
         RequestError: There is no such model, or its files are damaged.
     """
     location = find_model(folder)
-    require(location.adapter is None, "model", str(folder), "expected no adapter")
+    expect(location.adapter is None, "model", str(folder), "no adapter")
     where = location.model
     now, states = time.time_ns(), _file_states(where)
     cache = _cache_file(where, states)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice
 from transom.base.files import shown_name
 from transom.base.runtime import (
     DTYPES,
@@ -219,7 +219,7 @@ def _open(
     apart: bool,
 ) -> _Source:
     """Open the weights of a model; see `load` and `open_parameters` for the arguments."""
-    require(dtype is None or dtype in DTYPES, "dtype", dtype, f"expected {', '.join(DTYPES)}")
+    expect(dtype is None or dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
     kind, place, folder = DTYPES[dtype] if dtype else None, pick_device(device), location.model
     args = read_args(folder)
     model = meta_model(args)
@@ -233,8 +233,8 @@ def _open(
         kind = kind or (main_dtype(plain) if stated else pick_dtype("auto", place))
         keeps = bool(stated) if keep_quantized is None else keep_quantized
         codes, source = (codes, plain) if keeps else ({}, source)
-    expected = f"expected a quantized GGUF file or folder, not {where}"
-    require(bool(codes) or not keep_quantized, "keep_quantized", True, expected)
+    expected = f"a quantized GGUF file or folder, not {where}"
+    expect(bool(codes) or not keep_quantized, "keep_quantized", True, expected)
     dtypes = dtypes_of(source, kind)
     groups = {name: _dense_group(name, lazy, dtypes[name]) for name, lazy in source.items()}
     groups |= {name: _coded_group(name, one) for name, one in codes.items()}

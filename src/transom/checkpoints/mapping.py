@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice, require
 from transom.checkpoints.families.registry import WEIGHT_NAMES
 from transom.checkpoints.families.weights import WeightNames
 from transom.checkpoints.files.file_pieces import FilePiece
@@ -86,8 +86,8 @@ def sort_keys(
         reason = names.unread_reason(name, n_layers)
         if reason is None:
             other = spelled.setdefault(name, key)
-            expected = "expected one of them, as they are spellings of one key"
-            require(other == key, where, f"{other} and {key}", expected)
+            expected = "one of them, as they are spellings of one key"
+            expect(other == key, where, f"{other} and {key}", expected)
             out[name] = lazy
         else:
             unread[reason] += 1

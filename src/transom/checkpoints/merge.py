@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.base.runtime import DTYPES
 from transom.checkpoints.adapters.read import MISTRAL_WEIGHTS, load_adapter
 from transom.checkpoints.files.layout import is_adapter
@@ -98,7 +98,7 @@ class Merge:
         Raises:
             RequestError: A folder is missing, or adapters were trained on different bases.
         """
-        require(dtype is None or dtype in DTYPES, "dtype", dtype, f"expected {', '.join(DTYPES)}")
+        expect(dtype is None or dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
         weights = args.weights_of(len(adapters))
         where, folders = named_folders(base, adapters)
         base_fingerprint = check_base(folders[0], where)
@@ -187,8 +187,8 @@ def named_folders(
     """
     folders = [_adapter_folder(name) for name in adapters]
     if base is not None:
-        found, expected = find_model(base), "expected a complete model, not an adapter"
-        require(found.adapter is None, "base", str(base), expected)
+        found = find_model(base)
+        expect(found.adapter is None, "base", str(base), "a complete model, not an adapter")
         return found.model, folders
     models = [find_model(folder).model for folder in folders]
     bases = dict.fromkeys(str(model.resolve()) for model in models)
@@ -200,8 +200,8 @@ def named_folders(
 def _adapter_folder(name: str | Path) -> Path:
     of_mistral = (Path(name) / MISTRAL_WEIGHTS).exists()
     folder = Path(name) if of_mistral else named_folder(name)
-    expected = "expected an adapter or its run, not a complete model"
-    require(of_mistral or is_adapter(folder), "adapter", str(name), expected)
+    expected = "an adapter or its run, not a complete model"
+    expect(of_mistral or is_adapter(folder), "adapter", str(name), expected)
     return folder
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.base.files import (
     gguf_pointer,
     read_json,
@@ -72,7 +72,7 @@ def _read_meta(folder: Path) -> ModelArgs:
 
         dim = params.get("dim", 0)
         complete = isinstance(dim, int) and dim > 0
-        require(complete, f"{where}: dim", params.get("dim"), "expected a complete params.json")
+        expect(complete, f"{where}: dim", params.get("dim"), "a complete params.json")
         vocab_size = vocabulary_of(folder, dim)
     return args_from_meta(params, where, vocab_size)
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice, require
 from transom.base.files import write_text
 from transom.base.runtime import DTYPES
 from transom.checkpoints.families.hf import args_from_hf, args_to_hf
@@ -83,8 +83,7 @@ def save(
     """
     plain = plain_weights(model, quantized=True) if weights is None else {}
     for name, one in plain.items():
-        expected = "expected weights on a device that holds values"
-        require(not one.is_meta, f"{name}: device", "meta", expected)
+        expect(not one.is_meta, f"{name}: device", "meta", "weights on a device that holds values")
     ours = {name: LazyTensor.of(one.detach()) for name, one in plain.items()} | dict(weights or {})
     leaves = {f"{path}.weight": leaf for path, leaf in quantized_leaves(model).items()}
     for name, leaf in leaves.items():
@@ -126,7 +125,7 @@ class FolderLayout:
 def check_dtype(format: str, dtype: str | None) -> None:
     """Raise `RequestError` unless a format has a dtype, by the names of `save`."""
     names = GGUF_DTYPES if format == "gguf" else DTYPES
-    require(dtype is None or dtype in names, "dtype", dtype, f"expected {', '.join(names)}")
+    expect(dtype is None or dtype in names, "dtype", dtype, ", ".join(names))
 
 
 def plan_layout(
@@ -154,7 +153,7 @@ def plan_layout(
         RequestError: As for `save`.
     """
     formats, sharded = get_args(FileFormat), format in ("native", "hf")
-    require(format in formats, "format", format, f"expected {', '.join(formats)}")
+    expect(format in formats, "format", format, ", ".join(formats))
     check_dtype(format, dtype)
     one_file = f"valid only with native and hf, since format {format} is one file"
     require(sharded or max_shard_size is None, "max_shard_size", max_shard_size, one_file)
@@ -181,8 +180,8 @@ def plan_layout(
         args, ours = _untied(args, ours, format)
         written = PARAMS_FAMILIES[format].config_of(replace(args, rope_layout="interleaved"))
         shapes = {"meta": "Llama 2, 3 and 4", "mistral": "Mistral and Mixtral"}[format]
-        expected = f"expected hf or native: {format} has the shapes of {shapes}"
-        require(written is not None, "format", format, expected)
+        expected = f"hf or native: {format} has the shapes of {shapes}"
+        expect(written is not None, "format", format, expected)
         config, family = written or {}, f"params_{format}"
     if args.rope_layout != layout:
         change = partial(permute_rotary, args=args, to=layout)

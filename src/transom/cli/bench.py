@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.checkpoints.describe_model import describe_model
 from transom.cli.main import emit_json, user_path
 from transom.cli.options import MODEL, add_fields, add_json, add_model, read_fields
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     picture, decode = options.picture and Path(options.picture), read_fields(options, DecodeArgs)
     if picture is not None:
         fits = picture.suffix in (".svg", ".png") and picture.parent.is_dir()
-        require(fits, "--picture", options.picture, "expected .svg or .png in a folder")
+        expect(fits, "--picture", options.picture, ".svg or .png in a folder")
     described = describe_model(options.folder, options.revision)
     from transom.inference.speed import measure_speed, open_or_draw
 

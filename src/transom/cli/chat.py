@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.cli.generate import add_generation, check_generation
 from transom.cli.main import user_path
 from transom.cli.options import add_model, opening, read_fields
@@ -60,8 +60,8 @@ def run(options: argparse.Namespace) -> int:
     """Answer turn by turn until the input ends."""
     check_generation(options)
     values = template_values(options)
-    expected = "expected no white space at its end, where it would change how tokens are cut"
-    require(options.prefill == options.prefill.rstrip(), "--prefill", options.prefill, expected)
+    expected = "no white space at its end, where it would change how tokens are cut"
+    expect(options.prefill == options.prefill.rstrip(), "--prefill", options.prefill, expected)
     sampling, decode = read_fields(options, SamplingArgs), read_fields(options, DecodeArgs)
     adapters = named_adapters(options.adapter)
     from transom.checkpoints.open_model import open_model
@@ -110,13 +110,13 @@ def template_values(options: argparse.Namespace) -> dict[str, Any]:
     """Return the object of --chat-template-config."""
     given = options.chat_template_config
     both = options.ignore_chat_template and bool(options.chat_template or given)
-    require(not both, "--ignore-chat-template", True, "expected no --chat-template beside it")
+    expect(not both, "--ignore-chat-template", True, "no --chat-template beside it")
     try:
         values = json.loads(given or "{}")
     except ValueError:
         values = None
-    expected = 'expected JSON such as {"name": value}'
-    require(isinstance(values, dict), "--chat-template-config", given, expected)
+    expected = 'JSON such as {"name": value}'
+    expect(isinstance(values, dict), "--chat-template-config", given, expected)
     return dict(values)
 
 
@@ -125,9 +125,9 @@ def named_adapters(given: Sequence[str]) -> dict[str, str]:
     adapters: dict[str, str] = {}
     for one in given:
         name, _, folder = one.partition("=")
-        require(bool(name and folder), "--adapter", one, "expected NAME=FOLDER")
+        expect(bool(name and folder), "--adapter", one, "NAME=FOLDER")
         fits = name != "none" and name not in adapters
-        require(fits, "--adapter", one, "expected a name of its own, and not none")
+        expect(fits, "--adapter", one, "a name of its own, and not none")
         adapters[name] = user_path(folder)
     return adapters
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.files import read_json
 from transom.checkpoints.files.location import find_model
 from transom.cli.main import emit_json
@@ -32,11 +32,10 @@ def run_compare(options: argparse.Namespace) -> int:
     """Print what differs. The exit code is 0 whether or not something does."""
     for flag in ("length", "trace", "device", "dtype"):
         value = getattr(options, flag)
-        require(value is None, f"--{flag}", value, "expected none with two models")
+        expect(value is None, f"--{flag}", value, "none with two models")
     names, revision = (options.model, options.other), options.revision
     local = [Path(name).exists() for name in names]
-    fits = revision is None or not all(local)
-    require(fits, "--revision", revision, "expected none without a hub id")
+    expect(revision is None or not all(local), "--revision", revision, "none without a hub id")
     if all((Path(name) / RUN).exists() for name in names):
         document = compare_runs(*map(Path, names))
     else:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice, require
 from transom.base.yaml_files import read_yaml
 from transom.cli.finetune import FLAGS, fields_of_flags
 from transom.cli.main import emit_json, user_path
@@ -106,14 +106,14 @@ def run(options: argparse.Namespace) -> int:
         value = getattr(options, flag)
         unset = value is None or value is False
         require(fits or unset, f"--{flag}", value, f"valid only with {where}")
-    require((options.index or 0) >= 0, "--index", options.index, "expected 0 or more")
+    expect((options.index or 0) >= 0, "--index", options.index, "0 or more")
     path, words = split_words(options.words)
     fields = {field: getattr(options, flag) for flag, field in FIELDS.items()}
     fields |= fields_of_flags(argparse.Namespace(**{**vars(options), "out": None}))
     overrides = [f"{field}={value}" for field, value in fields.items() if value is not None]
     if tokenizes:
         given = overrides + options.words
-        require(not given, "tokenize", given, "expected no fields of fine-tuning")
+        expect(not given, "tokenize", given, "no fields of fine-tuning")
         return tokenize_text(options)
     data = open_finetune_set(
         options.model,
@@ -133,7 +133,7 @@ def tokenize_text(options: argparse.Namespace) -> int:
     from transom.data.text.sources import SourceArgs
     from transom.data.text.tokenizing import tokenize
 
-    require(bool(options.out), "--out", options.out, "expected a folder or a URL")
+    expect(bool(options.out), "--out", options.out, "a folder or a URL")
     manifest, report = tokenize(
         SourceArgs(options.data),
         load_tokenizer(options.model, options.revision),
@@ -242,9 +242,9 @@ def chosen_rows(data: FinetuneSet, index: int, packed: bool) -> list[list[Encode
         expected = "valid only for examples that are not compared with each other"
         require(not encoded.compared, "--packed", True, expected)
         packs = first_fit_decreasing(encoded.lengths, data.args.data.seq_len, data.args.seed)
-        require(index < len(packs), "--index", index, f"expected 0 to {len(packs) - 1}")
+        expect(index < len(packs), "--index", index, f"0 to {len(packs) - 1}")
         return [[encoded.items[at][0] for at in packs[index]]]
-    require(index < len(examples), "--index", index, f"expected 0 to {len(examples) - 1}")
+    expect(index < len(examples), "--index", index, f"0 to {len(examples) - 1}")
     encoded = data.encoder.encode(islice(examples, index, index + 1))
     if not encoded.items:
         notice(f"example {index} has nothing to train on: {encoded}")

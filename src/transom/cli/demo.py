@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Iterable
 from typing import Any
 
-from transom.base.errors import WorkError, require
+from transom.base.errors import WorkError, expect
 from transom.base.interrupts import Background
 from transom.cli.main import emit_json
 from transom.cli.runs import add_run_options, names_of, run_training
@@ -79,8 +79,8 @@ def run(options: argparse.Namespace) -> int:
     check_effects(args, names_of(options.overrides))
     sources, share = args.data.source_list, args.data.held_out
     paths = [one.path for one in sources]
-    require(len(sources) == 1, "data.sources", paths, "expected one source in the demo")
-    require(share > 0, "data.held_out", share, "expected more than 0 in the demo")
+    expect(len(sources) == 1, "data.sources", paths, "one source in the demo")
+    expect(share > 0, "data.held_out", share, "more than 0 in the demo")
     trainer, final, code = run_training(args, options)
     if trainer.stop.signal is not None:
         return code

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.cli.main import emit_json, user_path
 from transom.cli.options import add_json, add_model, add_offloading, opening
 from transom.planning.tables import counted
@@ -71,14 +71,14 @@ def run(options: argparse.Namespace) -> int:
 def check_arguments(options: argparse.Namespace) -> None:
     """Raise a `RequestError` for wrong options before torch is imported."""
     given = bool(options.text) or options.input is not None
-    require(given, "--text, --input", None, "expected a text, a file, or - for standard input")
+    expect(given, "--text, --input", None, "a text, a file, or - for standard input")
     if options.out is not None:
         out = Path(options.out)
-        expected = f"expected a file name that ends in {' or '.join(OUT_SUFFIXES)}"
-        require(out.suffix in OUT_SUFFIXES, "--out", options.out, expected)
-        require(out.parent.is_dir(), "--out", options.out, "expected a file in an existing folder")
+        expected = f"a file name that ends in {' or '.join(OUT_SUFFIXES)}"
+        expect(out.suffix in OUT_SUFFIXES, "--out", options.out, expected)
+        expect(out.parent.is_dir(), "--out", options.out, "a file in an existing folder")
         fits = not out.exists() or options.overwrite
-        require(fits, "--out", options.out, "expected --overwrite, since the file exists")
+        expect(fits, "--out", options.out, "--overwrite, since the file exists")
 
 
 def read_texts(name: str) -> list[str]:
@@ -105,7 +105,7 @@ def read_texts(name: str) -> list[str]:
     # A text may contain other line ends than \n.
     texts = [line.removesuffix("\r") for line in content.removesuffix("\n").split("\n")]
     for number, text in enumerate(texts, start=1):
-        require(bool(text), "--input", name, f"expected a text in line {number}, which is empty")
+        expect(bool(text), "--input", name, f"a text in line {number}, which is empty")
     return texts
 
 

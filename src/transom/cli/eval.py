@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect, require
 from transom.base.files import json_text, write_text
 from transom.cli.main import emit_json, user_path
 from transom.cli.options import (
@@ -116,7 +116,7 @@ def check_arguments(options: argparse.Namespace) -> None:
         require(fits, flag, value, f"valid only with --{'data' if tasks else 'tasks'}")
     several = options.compare is not None
     require(not tasks or not several, "--compare", options.compare, "valid only with --data")
-    require(all(options.stop), "--stop", "", "expected text of one character or more")
+    expect(all(options.stop), "--stop", "", "text of one character or more")
     fits = not several or options.revision is None
     require(fits, "--revision", options.revision, "valid only with one model")
     for name in options.compare or [options.model]:
@@ -124,7 +124,7 @@ def check_arguments(options: argparse.Namespace) -> None:
     for flag, name in (("--out", options.out), ("--rows", options.rows)):
         if name is not None:
             exists = Path(name).parent.is_dir()
-            require(exists, flag, name, "expected a file in a folder that exists")
+            expect(exists, flag, name, "a file in a folder that exists")
             fits = options.overwrite or not Path(name).exists()
             require(fits, flag, name, "this file exists; expected --overwrite with it")
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.cli.main import emit_json, user_path
 from transom.cli.options import (
     add_fields,
@@ -62,8 +62,8 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 def check_generation(options: argparse.Namespace) -> None:
     """Raise a `RequestError` for wrong options before torch is imported."""
     most = options.max_tokens
-    require(most is None or most >= 1, "--max-tokens", most, "expected an integer of 1 or more")
-    require(all(options.stop), "--stop", "", "expected text of 1 character or more")
+    expect(most is None or most >= 1, "--max-tokens", most, "an integer of 1 or more")
+    expect(all(options.stop), "--stop", "", "text of 1 character or more")
     check_model(options.folder)
     if options.draft_model is not None:
         check_model(options.draft_model)
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     def check_request(text: OpenedText, load: LoadPlan) -> int:
         nonlocal most
         ids.extend(encode_prompts(text.tokenizer, prompts, special=options.special))
-        require(all(ids), "--prompt", "", "expected text of 1 token or more")
+        expect(all(ids), "--prompt", "", "text of 1 token or more")
         longest = max(map(len, ids))
         most = room_for_new_tokens(load.args, longest, options.max_tokens, decode.max_model_len)
         given = load.args, len(ids), longest + most, load.dtype, load.device, decode
@@ -135,7 +135,7 @@ def run(options: argparse.Namespace) -> int:
 
 def read_prompts(words: Sequence[str]) -> list[str]:
     """Return the prompts. A prompt `-` is replaced by the text of standard input."""
-    require(words.count("-") <= 1, "--prompt", "-", "expected it once: standard input ends")
+    expect(words.count("-") <= 1, "--prompt", "-", "it once: standard input ends")
     return [_standard_input() if word == "-" else word for word in words]
 
 
@@ -146,7 +146,7 @@ def _standard_input() -> str:
         raise RequestError(
             f"--prompt: got '-'; expected UTF-8 on standard input ({error})"
         ) from None
-    require(bool(text), "--prompt", "-", "expected text, but standard input is empty")
+    expect(bool(text), "--prompt", "-", "text, but standard input is empty")
     return text
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.checkpoints.describe_model import DescribedModel, describe_model
 from transom.checkpoints.quantized.config import stated_quantization
 from transom.cli.main import emit_json, user_path
@@ -108,7 +108,7 @@ def check_flags(options: argparse.Namespace) -> None:
     for name, (allowed, where) in flags.items():
         value = getattr(options, name)
         fits = allowed or value in (None, False, getattr(DEFAULT, name, None))
-        require(fits, f"--{name.replace('_', '-')}", value, f"expected none {where}")
+        expect(fits, f"--{name.replace('_', '-')}", value, f"none {where}")
 
 
 # The plan.
@@ -252,11 +252,11 @@ def run_trace(model: DescribedModel, options: argparse.Namespace) -> int:
     tokenizer = opened.tokenizer
     ids = tokenizer.encode_prompt(options.trace)
     limit = model.args.max_seq_len
-    require(
+    expect(
         0 < len(ids) <= limit,
         "--trace",
         f"a text of {len(ids)} tokens",
-        f"expected 1 to {limit} tokens",
+        f"1 to {limit} tokens",
     )
     layers = trace(opened.model, torch.tensor([ids], device=opened.model.device))
     if options.json:

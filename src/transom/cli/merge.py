@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect, require
 from transom.base.locks import output_folder
 from transom.checkpoints.files.hub import is_hub_id
 from transom.checkpoints.files.layout import ADAPTER_CONFIG
@@ -18,7 +18,7 @@ from transom.cli.main import emit_json, user_path
 from transom.lora.args import METHODS, CombineArgs
 from transom.planning.tables import heading, show, table
 
-USAGE = "expected ADAPTER [OUT], or BASE ADAPTER... OUT"
+USAGE = "ADAPTER [OUT], or BASE ADAPTER... OUT"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     """Merge, print the measurements, and name the next commands."""
     base, adapters, out = roles(options.folders)
     args, tokens = combine_args(options, len(adapters)), options.tokens
-    require(tokens is None or tokens >= 2, "--tokens", tokens, "expected 2 or more")
+    expect(tokens is None or tokens >= 2, "--tokens", tokens, "2 or more")
     with output_folder(out, options.overwrite):
         from transom.evaluation.merging import TOKENS, merge_folders
 
@@ -87,13 +87,13 @@ def roles(folders: list[str]) -> tuple[str | None, list[str], Path]:
     """
     if len(folders) == 1:
         adapter = Path(folders[0])
-        require(bool(adapter.name), "FOLDER", folders[0], USAGE)
+        expect(bool(adapter.name), "FOLDER", folders[0], USAGE)
         from_hub = is_hub_id(folders[0]) and not adapter.exists()
         return None, folders, Path(f"{adapter.name if from_hub else adapter}-merged")
     *rest, out = folders
     base, adapters = (rest[0], rest[1:]) if len(rest) > 1 else (None, rest)
     if (Path(out) / ADAPTER_CONFIG).exists():
-        raise RequestError(f"OUT: got {out!r}, an adapter, which is never overwritten; {USAGE}")
+        raise RequestError(f"OUT: got {out!r}, an adapter, which is never overwritten; expected {USAGE}")
     return base, adapters, Path(out)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.base.errors import WorkError, notice, require
+from transom.base.errors import WorkError, expect, notice
 from transom.base.fields import field_types, write
 from transom.base.interrupts import STOPS
 from transom.base.locks import FolderLock
@@ -58,9 +58,9 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer,
         SystemExit: In the process that has started others, and on all ranks but the first one, with
             the exit code.
     """
-    require(options.profile >= 0, "--profile", options.profile, "expected 0 or more steps")
-    require(options.nproc > 0, "--nproc", options.nproc, "expected 1 or more processes")
-    require(options.max_restarts >= 0, "--max-restarts", options.max_restarts, "expected 0 or more")
+    expect(options.profile >= 0, "--profile", options.profile, "0 or more steps")
+    expect(options.nproc > 0, "--nproc", options.nproc, "1 or more processes")
+    expect(options.max_restarts >= 0, "--max-restarts", options.max_restarts, "0 or more")
     if (options.nproc > 1 or options.max_restarts) and RESTARTS not in os.environ:
         raise SystemExit(_launch(args, options))
     with contextlib.ExitStack() as stack:
@@ -79,8 +79,7 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer,
 
 def _launch(args: TrainArgs, options: argparse.Namespace) -> int:
     """Start the processes of --nproc with the same command, and return their exit code."""
-    expected = "expected 1 in a process that torchrun has started"
-    require(world_size() == 1, "--nproc", options.nproc, expected)
+    expect(world_size() == 1, "--nproc", options.nproc, "1 in a process that torchrun has started")
     from transom.checkpoints.files.location import find_model, read_pointer
     from transom.checkpoints.read_args import read_args
     from transom.distributed.launch import launch

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.fields import check_bounds, describe
 
 RopeLayout = Literal["interleaved", "halves"]
@@ -88,27 +88,23 @@ class RopeScaling:
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a list could not be a key
         check_bounds(self)
         high = self.high_freq_factor
-        require(
+        expect(
             high >= self.low_freq_factor,
             "high_freq_factor",
             high,
-            "expected low_freq_factor or more",
+            "low_freq_factor or more",
         )
         for name, kinds in (("attention_factor", ("yarn", "longrope")), ("mscale", ("yarn",))):
             value = getattr(self, name)
             fits = value is None or self.kind in kinds
-            require(fits, name, value, f"expected none unless kind is {' or '.join(kinds)}")
+            expect(fits, name, value, f"none unless kind is {' or '.join(kinds)}")
         both = (self.mscale is None) == (self.mscale_all_dim is None)
-        require(
-            both, "mscale", self.mscale, "expected mscale and mscale_all_dim together, or neither"
-        )
+        expect(both, "mscale", self.mscale, "mscale and mscale_all_dim together, or neither")
         for name in ("short_factor", "long_factor"):
             value = getattr(self, name)
             fits = (len(value) > 0) == (self.kind == "longrope")
-            expected = (
-                "expected one number per rotary pair with kind longrope, none with other kinds"
-            )
-            require(fits, name, list(value), expected)
+            expected = "one number per rotary pair with kind longrope, none with other kinds"
+            expect(fits, name, list(value), expected)
 
     @property
     def by_length(self) -> bool:
@@ -121,18 +117,14 @@ class RopeScaling:
         """
         kind, original, pairs = self.kind, self.original_max_seq_len, rotary_dim // 2
         fits = kind != "dynamic" or pairs > 1
-        require(
-            fits, "rope_scaling.kind", kind, "expected another kind, or 4 rotary features or more"
-        )
-        require(kind != "yarn" or theta > 1, "rope_theta", theta, "expected more than 1 with yarn")
+        expect(fits, "rope_scaling.kind", kind, "another kind, or 4 rotary features or more")
+        expect(kind != "yarn" or theta > 1, "rope_theta", theta, "more than 1 with yarn")
         fits = kind != "longrope" or original > 1
-        require(
-            fits, "rope_scaling.original_max_seq_len", original, "expected 2 or more with longrope"
-        )
+        expect(fits, "rope_scaling.original_max_seq_len", original, "2 or more with longrope")
         for name in ("short_factor", "long_factor") if kind == "longrope" else ():
             value = getattr(self, name)
-            expected = f"expected one number per rotary pair, {pairs}"
-            require(len(value) == pairs, f"rope_scaling.{name}", f"{len(value)} numbers", expected)
+            expected = f"one number per rotary pair, {pairs}"
+            expect(len(value) == pairs, f"rope_scaling.{name}", f"{len(value)} numbers", expected)
 
     def chosen_by(self, length: int) -> int:
         """Return what the frequencies depend on for a sequence length in tokens.
@@ -193,7 +185,7 @@ class MlaArgs:
     def __post_init__(self) -> None:
         check_bounds(self)
         rotary = self.qk_rope_head_dim
-        require(rotary % 2 == 0, "qk_rope_head_dim", rotary, "expected an even number")
+        expect(rotary % 2 == 0, "qk_rope_head_dim", rotary, "an even number")
 
 
 @dataclass(frozen=True)
@@ -285,7 +277,7 @@ class MoeArgs:
 
     def __post_init__(self) -> None:
         def check(fits: bool, name: str, expected: str) -> None:
-            require(fits, name, getattr(self, name), f"expected {expected}")
+            expect(fits, name, getattr(self, name), expected)
 
         check_bounds(self)
         check(self.top_k <= self.num_experts, "top_k", f"at most num_experts = {self.num_experts}")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.fields import read, write
 from transom.config.layer_args import (
     LayerArgs,
@@ -55,9 +55,7 @@ class ModelArgs(ModelFields):
 
     def _check(self, fits: bool, name: str, expected: str) -> None:
         value = getattr(self, name)
-        require(
-            fits, name, list(value) if isinstance(value, tuple) else value, f"expected {expected}"
-        )
+        expect(fits, name, list(value) if isinstance(value, tuple) else value, expected)
 
     def _check_heads(self) -> None:
         check = self._check
@@ -67,8 +65,8 @@ class ModelArgs(ModelFields):
         fits = self.n_heads % self.kv_heads == 0
         check(fits, "n_kv_heads", f"a divisor of n_heads = {self.n_heads}")
         if self.mla_args is None:
-            expected = "expected an even number, since rotary features turn in pairs"
-            require(self.head_size % 2 == 0, "head_dim", self.head_size, expected)
+            expected = "an even number, since rotary features turn in pairs"
+            expect(self.head_size % 2 == 0, "head_dim", self.head_size, expected)
             return
         check(
             self.kv_heads == self.n_heads,
@@ -145,8 +143,8 @@ class ModelArgs(ModelFields):
         check, letters, moe = self._check, self.pattern, self.moe_args
         if self.vision_args is not None and self.vision_args.image_token is not None:
             token = self.vision_args.image_token
-            expected = f"expected a token below vocab_size = {self.vocab_size}"
-            require(token < self.vocab_size, "vision_args.image_token", token, expected)
+            expected = f"a token below vocab_size = {self.vocab_size}"
+            expect(token < self.vocab_size, "vision_args.image_token", token, expected)
         fits = not self.attn_temperature_tuning or not letters.isupper()
         check(fits, "attn_temperature_tuning", "false without NoPE layers")
         check(self.qk_norm == "none" or not self.use_qk_norm, "qk_norm", "'none' with use_qk_norm")
@@ -164,13 +162,13 @@ class ModelArgs(ModelFields):
             )
         if moe is not None:
             fits = any(self._moe(index) is not None for index in range(self.n_layers))
-            require(fits, "moe_args", "no layer with experts", "expected one or more")
+            expect(fits, "moe_args", "no layer with experts", "one or more")
             fits = all(0 <= index < self.n_layers for index in moe.dense_layers)
-            expected = f"expected indices below n_layers = {self.n_layers}"
-            require(fits, "moe_args.dense_layers", list(moe.dense_layers), expected)
+            expected = f"indices below n_layers = {self.n_layers}"
+            expect(fits, "moe_args.dense_layers", list(moe.dense_layers), expected)
             fits = self.ffn_gated or moe.expert_activation == "model"
-            expected = "expected 'model' unless ffn_gated is true"
-            require(fits, "moe_args.expert_activation", moe.expert_activation, expected)
+            expected = "'model' unless ffn_gated is true"
+            expect(fits, "moe_args.expert_activation", moe.expert_activation, expected)
 
     @property
     def kv_heads(self) -> int:

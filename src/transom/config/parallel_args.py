@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.fields import check_bounds, describe
 from transom.config.model_args import ModelArgs
 
@@ -67,11 +67,11 @@ class ParallelArgs:
         found = replace(self, shard=shard)
         names = ("replicate", "shard", "context", "tensor", "pipeline")
         product = " x ".join(f"{name} {getattr(found, name)}" for name in names)
-        expected = f"expected {world_size}, the number of ranks"
-        require(found.world_size == world_size, f"parallel: {product}", found.world_size, expected)
+        expected = f"{world_size}, the number of ranks"
+        expect(found.world_size == world_size, f"parallel: {product}", found.world_size, expected)
         inner = shard * self.context
-        expected = f"expected a divisor of shard x context = {inner}"
-        require(inner % self.expert == 0, "parallel.expert", self.expert, expected)
+        expected = f"a divisor of shard x context = {inner}"
+        expect(inner % self.expert == 0, "parallel.expert", self.expert, expected)
         return found
 
     def describe(self) -> str:
@@ -88,20 +88,20 @@ class ParallelArgs:
         """
         common = math.gcd(*self._units(model))
         expected = (
-            f"expected a divisor of {common}, the greatest common divisor of the numbers of heads, "
+            f"a divisor of {common}, the greatest common divisor of the numbers of heads, "
             f"key/value heads and hidden features"
         )
-        require(common % self.tensor == 0, "parallel.tensor", self.tensor, expected)
+        expect(common % self.tensor == 0, "parallel.tensor", self.tensor, expected)
         layers = model.n_layers
-        expected = f"expected at most the {layers} layers of the model"
-        require(self.pipeline <= layers, "parallel.pipeline", self.pipeline, expected)
+        expected = f"at most the {layers} layers of the model"
+        expect(self.pipeline <= layers, "parallel.pipeline", self.pipeline, expected)
         experts = {layer.moe.num_experts for layer in model.layers if layer.moe is not None}
         if self.expert > 1:
             count = math.gcd(*experts) if experts else 1
-            expected = f"expected a divisor of the {count} experts of the model"
-            require(count % self.expert == 0, "parallel.expert", self.expert, expected)
-            expected = "expected 1 with parallel.expert: experts are not divided twice"
-            require(self.tensor == 1, "parallel.tensor", self.tensor, expected)
+            expected = f"a divisor of the {count} experts of the model"
+            expect(count % self.expert == 0, "parallel.expert", self.expert, expected)
+            expected = "1 with parallel.expert: experts are not divided twice"
+            expect(self.tensor == 1, "parallel.tensor", self.tensor, expected)
         unusual = {
             "qk_norm = projection": any(one.qk_norm == "projection" for one in model.layers),
             "context_dim": model.context_dim is not None,
@@ -110,8 +110,8 @@ class ParallelArgs:
         }
         found = next((name for name, there in unusual.items() if there), None)
         if self.tensor > 1 or self.context > 1 or self.pipeline > 1:
-            expected = "expected a model without it: tensor, context and pipeline cannot divide it"
-            require(found is None, "parallel: model", found, expected)
+            expected = "a model without it: tensor, context and pipeline cannot divide it"
+            expect(found is None, "parallel: model", found, expected)
 
     def _units(self, model: ModelArgs) -> list[int]:
         """Return the numbers of heads and hidden features, each of which is divided."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.fields import check_bounds, describe
 from transom.config.layer_args import LayerArgs, LayerRule, RopeArgs
 
@@ -37,7 +37,7 @@ class VisionArgs:
 
     def __post_init__(self) -> None:
         def check(fits: bool, name: str, expected: str) -> None:
-            require(fits, name, getattr(self, name), f"expected {expected}")
+            expect(fits, name, getattr(self, name), expected)
 
         check_bounds(self)
         fits = self.image_size % self.patch_size == 0

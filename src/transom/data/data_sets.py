@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.data.chat.instructions import NAME as STDLIB
 from transom.data.chat.instructions import stdlib_rows
 from transom.data.file_formats import ROW_NAMES, row_format
@@ -31,8 +31,7 @@ def rows_of(name: str | Path, split: str = "train") -> Iterator[DataRow]:
         RequestError: There is no such data, or it has no such split.
     """
     splits = splits_of(name)
-    expected = f"expected a split that {name} has: {', '.join(splits)}"
-    require(split in splits, "split", split, expected)
+    expect(split in splits, "split", split, f"a split that {name} has: {', '.join(splits)}")
     return splits[split]()
 
 
@@ -48,7 +47,7 @@ def splits_of(name: str | Path) -> dict[str, Callable[[], Iterator[DataRow]]]:
         return {"train": partial(read_rows, path)}
     known = NAME.fullmatch(str(name)) is not None and row_format(path) is None
     formats = f"that ends in {ROW_NAMES}, a folder of such files, or a name of `datasets`"
-    require(known, "data", str(name), f"expected a file {formats}")
+    expect(known, "data", str(name), f"a file {formats}")
     return _splits_by_name(str(name))
 
 

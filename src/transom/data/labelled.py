@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice
 from transom.base.files import read_json, write_text
 from transom.data.batch import NO_TARGET, Batch, pad_rows
 from transom.data.order import ShuffledBatches
@@ -59,14 +59,14 @@ def read_labelled(
     file = Path(path)
     rows = list(read_as(file, read_rows(file), [HEAD_ROWS[kind]]))
     kinds = {type(row.label).__name__ for row in rows}
-    require(len(kinds) == 1, f"{file}: labels", sorted(kinds), "expected all texts or all numbers")
+    expect(len(kinds) == 1, f"{file}: labels", sorted(kinds), "all texts or all numbers")
     return rows
 
 
 def _labelled(row: Columns, id: str) -> LabelledText:
     text, label = text_of(row[TEXT_KEY], TEXT_KEY), row[LABEL_KEY]
     fits = (type(label) is int and 0 <= label < 1 << 31) or (isinstance(label, str) and label)
-    require(bool(fits), LABEL_KEY, label, "expected a text or a whole number from 0")
+    expect(bool(fits), LABEL_KEY, label, "a text or a whole number from 0")
     return LabelledText(id, text, label)
 
 
@@ -93,8 +93,8 @@ def label_names(rows: Sequence[LabelledText], num_labels: int) -> list[str]:
     numbers = [label for label in found if isinstance(label, int)]
     count = max(numbers, default=-1) + 1
     names = [str(label) for label in range(count)] if numbers else sorted(map(str, found))
-    expected = f"expected {len(names)} or more, as in the data"
-    require(len(names) <= num_labels, "model.head.num_labels", num_labels, expected)
+    expected = f"{len(names)} or more, as in the data"
+    expect(len(names) <= num_labels, "model.head.num_labels", num_labels, expected)
     unused = [f"unused {index}" for index in range(len(names), num_labels)]
     if unused:
         what = f"only {len(names)} of them are in the data"
@@ -183,9 +183,9 @@ def encode_rows(
     ids = encode_texts(tokenizer, [row.text for row in rows], most)
     if labels is not None:
         place = {name: index for index, name in enumerate(labels)}
-        expected = f"expected one of {list(labels)}"
+        expected = f"one of {list(labels)}"
         for row in rows:
-            require(str(row.label) in place, f"label of {row.id}", row.label, expected)
+            expect(str(row.label) in place, f"label of {row.id}", row.label, expected)
         targets = [place[str(row.label)] for row in rows]
         return [EncodedText([one], target) for one, target in zip(ids, targets, strict=True)]
     positives = [row.positive or "" for row in rows]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import require
+from transom.base.errors import expect
 
 # The share of a source relative to the others: one number, or pairs (step from which it is, number)
 Weight = float | Sequence[tuple[int, float]]
@@ -65,16 +65,15 @@ class PackedOrder:
             window: Input tokens of a window.
             seed: Chooses the order, 0 or more.
         """
-        require(window >= 1, "data.seq_len", window, "expected 1 token or more")
-        require(seed >= 0, "seed", seed, "expected 0 or more")
+        expect(window >= 1, "data.seq_len", window, "1 token or more")
+        expect(seed >= 0, "seed", seed, "0 or more")
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._window = window
         self._seed = seed
         # Windows share a token, so the first one has one token more.
         most = max(int(self._lengths.sum()) - 1, 0)
         self._windows = most // window
-        expected = f"expected at most {most}, the tokens of a source"
-        require(self._windows > 0, "data.seq_len", window, expected)
+        expect(self._windows > 0, "data.seq_len", window, f"at most {most}, the tokens of a source")
         # Only the latest epoch is kept, with about 24 bytes per document.
         self._layout = lru_cache(maxsize=1)(self._lay_out)
 
@@ -128,9 +127,8 @@ class Mixture:
         # [changes, sources]; NaN for a source without a weight at step 0.
         table = np.array([[_weight_at(plan, step) for plan in plans] for step in starts])
         usable = bool(np.all((table >= 0) & (table < np.inf)) and table.any(axis=1).all())
-        expected = f"expected 0 or more for each of the {len(orders)} sources, not all 0 at a step"
-        fits = len(orders) == len(plans) > 0 and usable
-        require(fits, "weights", tuple(weights), expected)
+        expected = f"0 or more for each of the {len(orders)} sources, not all 0 at a step"
+        expect(len(orders) == len(plans) > 0 and usable, "weights", tuple(weights), expected)
         self._orders = list(orders)
         shares = np.cumsum(table, axis=1)
         self._edges = shares / shares[:, -1:]  # ends at exactly 1, as dividing by np.sum would not
@@ -197,11 +195,11 @@ class Batches(ABC):
             RequestError: `rows_per_step` is not a multiple of `world_size`, or `rank` is not one of
             the ranks.
         """
-        require(rows_per_step >= 1, "rows_per_step", rows_per_step, "expected 1 row or more")
+        expect(rows_per_step >= 1, "rows_per_step", rows_per_step, "1 row or more")
         even = world_size >= 1 and rows_per_step % world_size == 0
-        expected = f"expected a multiple of the number of ranks, {world_size}"
-        require(even, "rows_per_step", rows_per_step, expected)
-        require(0 <= rank < world_size, "rank", rank, f"expected 0 to {world_size - 1}")
+        expected = f"a multiple of the number of ranks, {world_size}"
+        expect(even, "rows_per_step", rows_per_step, expected)
+        expect(0 <= rank < world_size, "rank", rank, f"0 to {world_size - 1}")
         self.items_per_epoch = items
         self._rows_per_step = rows_per_step
         rows = rows_per_step // world_size
@@ -218,9 +216,9 @@ class Batches(ABC):
         these items.
         """
         epoch, item = state.get("epoch", -1), state.get("item", -1)
-        expected = f"expected an epoch from 0, and an item from 0 to {self.items_per_epoch - 1}"
+        expected = f"an epoch from 0, and an item from 0 to {self.items_per_epoch - 1}"
         fits = len(state) == 2 and epoch >= 0 and 0 <= item < self.items_per_epoch
-        require(fits, "data state", dict(state), expected)
+        expect(fits, "data state", dict(state), expected)
         self._epoch, self._item = epoch, item
 
     def next(self) -> Any:
@@ -277,8 +275,8 @@ class ShuffledBatches(Batches):
             RequestError: An argument is out of range, or there are fewer items than one step has.
         """
         super().__init__(len(lengths), rows_per_step, rank, world_size)
-        expected = f"expected at most {len(lengths)}, the number of {what}"
-        require(len(lengths) >= rows_per_step, "data.batch_size", rows_per_step, expected)
+        expected = f"at most {len(lengths)}, the number of {what}"
+        expect(len(lengths) >= rows_per_step, "data.batch_size", rows_per_step, expected)
         self._lengths = np.asarray(lengths, np.int64)
         self._seed = seed
         self._order = lru_cache(maxsize=1)(self._order_of)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.base.files import refuse_pointer
 from transom.data.file_formats import (
     ROW_NAMES,
@@ -59,7 +59,7 @@ def read_rows(path: Path, only: str | None = None) -> Iterator[DataRow]:
         RequestError: The file is missing, unreadable or of another format.
     """
     format = row_format(path)
-    require(format is not None, "data", str(path), f"expected a file that ends in {ROW_NAMES}")
+    expect(format is not None, "data", str(path), f"a file that ends in {ROW_NAMES}")
     with readable(path):
         if format == "parquet":
             yield from _parquet(path, only)
@@ -137,7 +137,7 @@ def _parquet(path: Path, only: str | None) -> Iterator[DataRow]:
         with parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names
             twice = sorted({name for name in names if names.count(name) > 1})
-            require(not twice, f"{path}: columns", twice, "expected every name once")
+            expect(not twice, f"{path}: columns", twice, "every name once")
             for batch in table.iter_batches(columns=[only] if only in names else None):
                 for row in batch.to_pylist():
                     number += 1

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from transom.base.errors import RequestError, nearest, notice, require
+from transom.base.errors import RequestError, expect, nearest, notice
 from transom.data.row_files import DataRow
 from transom.planning.tables import counted
 
@@ -63,7 +63,7 @@ def recognise(columns: Columns, kinds: Sequence[RowKind[T]]) -> RowKind[T]:
         if all(key in columns for key in one.needs):
             return one
     keys = sorted(columns)
-    require(bool(keys), "columns", None, "expected a row with a value; all are null")
+    expect(bool(keys), "columns", None, "a row with a value; all are null")
     known = [key for one in kinds for key in one.needs]
     hint = next((hint for key in keys if (hint := nearest(key, known))), "")
     expected = "; ".join(" and ".join(one.needs) for one in kinds)
@@ -96,8 +96,8 @@ def read_as(
         with located(row.where, problems):
             columns = row.given
             kind = recognise(columns, kinds)
-            expected = f"expected {found} in every row, like the rows before"
-            require(found in (None, kind.name), "kind of row", kind.name, expected)
+            expected = f"{found} in every row, like the rows before"
+            expect(found in (None, kind.name), "kind of row", kind.name, expected)
             read = kind.read(columns)
             made = kind.make(read, row.id)
             found = kind.name
@@ -107,11 +107,10 @@ def read_as(
         each = (f"{key} ({counted(count, 'row')})" for key, count in sorted(unread.items()))
         words = ", ".join(each)
         notice(f"{name}: keys that are not read: {words}")
-    require(not empty, "data", str(name), "expected one row or more")
+    expect(not empty, "data", str(name), "one row or more")
 
 
 def text_of(value: Any, name: str) -> str:
     """Return a text. Raise `RequestError` if it is empty or no text."""
-    fits = isinstance(value, str) and bool(value.strip())
-    require(fits, name, value, "expected text that is not empty")
+    expect(isinstance(value, str) and bool(value.strip()), name, value, "text that is not empty")
     return str(value)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from transom.base.errors import notice, require, short_repr
+from transom.base.errors import expect, notice, short_repr
 from transom.data.file_formats import ROW_NAMES, row_format, stem_of
 from transom.planning.tables import counted
 
@@ -41,13 +41,13 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     """
     files = list(_files_below(folder))
     rows = [path for path in files if row_format(path)]
-    require(bool(rows), f"{folder}: files of rows", [], f"expected train.jsonl (or {ROW_NAMES})")
+    expect(bool(rows), f"{folder}: files of rows", [], f"train.jsonl (or {ROW_NAMES})")
     found: dict[str, list[Path]] = {}
     for path in rows:
         name = (path.relative_to(folder).parent / stem_of(path)).as_posix().lower()
         splits = [split for split, pattern in _WORDS.items() if pattern.search(name)]
-        expected = f"expected a name with the word of one split, not of {' and '.join(splits)}"
-        require(len(splits) < 2, "data", str(path), expected)
+        expected = f"a name with the word of one split, not of {' and '.join(splits)}"
+        expect(len(splits) < 2, "data", str(path), expected)
         for split in splits:
             found.setdefault(split, []).append(path)
     found = found or {"train": rows}
@@ -59,8 +59,8 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     for split, paths in found.items():
         names = Counter(stem_of(path).lower() for path in paths)
         twice = sorted(name for name, count in names.items() if count > 1)
-        expected = "expected each file once, in one format and compressed or not"
-        require(not twice, f"{folder}: files of the split {split}", twice, expected)
+        expected = "each file once, in one format and compressed or not"
+        expect(not twice, f"{folder}: files of the split {split}", twice, expected)
         _check_shards(paths)
     return found
 
@@ -87,6 +87,6 @@ def _check_shards(files: Iterable[Path]) -> None:
         size = max(size for _, size in shards)
         first = min(1, *(number for number, _ in shards))
         wrong = sorted({(number, size) for number in range(first, first + size)} ^ shards)
-        expected = f"expected all {size} shards of one set"
+        expected = f"all {size} shards of one set"
         shown = [f"{number}-of-{of}" for number, of in wrong]
-        require(not wrong, where, f"missing or extra: {', '.join(shown)}", expected)
+        expect(not wrong, where, f"missing or extra: {', '.join(shown)}", expected)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from transom.base.errors import WorkError, notice, require
+from transom.base.errors import WorkError, expect, notice
 from transom.base.interrupts import STOP_SIGNALS, handling, raise_stop
 from transom.base.processes import RESTARTS, local_world_size, restarts, world_size
 from transom.base.runtime import pick_device
@@ -74,8 +74,7 @@ def _rendezvous(seconds: float) -> tuple[dist.Store, int]:
     """Return a store that all ranks have, and the number of this one."""
     names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if not os.environ.get(name)]
-    expected = "expected a value beside WORLD_SIZE, as torchrun sets"
-    require(not missing, ", ".join(missing), None, expected)
+    expect(not missing, ", ".join(missing), None, "a value beside WORLD_SIZE, as torchrun sets")
     rank, host, port = (os.environ[name] for name in names)
     if host in ("localhost", "127.0.0.1"):  # else gloo looks up the name of the machine
         loopback = "lo" if sys.platform == "linux" else "lo0"

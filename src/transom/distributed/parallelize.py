@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.runtime import give_back_freed_memory
 from transom.distributed.expert_parallel import divide_experts
 from transom.distributed.mesh import Meshes
@@ -42,8 +42,7 @@ def parallelize(model: LLM, meshes: Meshes) -> LLM:
     args = meshes.args
     for path, _, held in adapted_modules(model) if args.divides_model else ():
         replaced = any(isinstance(part, Replacement) for part in held.values())
-        expected = "expected no modules_to_save where ranks divide the model"
-        require(not replaced, "adapter", path, expected)
+        expect(not replaced, "adapter", path, "no modules_to_save where ranks divide the model")
     # 1. Layers: the rest divides those of this rank's stage.
     if args.pipeline > 1:
         divide_layers(model, meshes.groups["pipeline"])

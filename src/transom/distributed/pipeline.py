@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.cache.model_cache import ModelCache
 from transom.config.model_args import ModelArgs
 from transom.data.batch import Batch
@@ -298,8 +298,8 @@ def divide_layers(model: LLM, mesh: DeviceMesh) -> None:
     """
     moe = model.args.moe_args
     pooled = moe is not None and (moe.balance, moe.balance_scope) == ("mixtral", "batch")
-    expected = "expected sequence in a pipeline, since the loss of batch pools all layers"
-    require(not pooled, "moe_args.balance_scope", "batch", expected)
+    expected = "sequence in a pipeline, since the loss of batch pools all layers"
+    expect(not pooled, "moe_args.balance_scope", "batch", expected)
     layers = stage_layers(model.args, mesh.size())[mesh.get_local_rank()]
     whole = {name: torch.empty_like(one, device="meta") for name, one in model.named_parameters()}
     stage = Stage(model, mesh, layers, model.dtype, whole)

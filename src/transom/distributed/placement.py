@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.distributed.tensor import Placement, Replicate, Shard
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.lora.adapters import adapted_modules
 from transom.models.llm import LLM
 from transom.quantize.leaves import quantized_leaves
@@ -58,23 +58,18 @@ def check_leaves(model: LLM, ranks: int) -> None:
         format, (inputs, name) = leaf.format, (leaf.shape[-1], path.rpartition(".")[2])
         if name in BY_INPUT:
             plain = not format.block and not format.ordered
-            expected = f"expected 1: {path} has double_quant or act_order"
-            require(plain, "parallel.tensor", ranks, expected)
+            expect(plain, "parallel.tensor", ranks, f"1: {path} has double_quant or act_order")
             count, what = (groups, "groups of") if groups > 1 else (inputs // 2, "pairs of")
-            expected = (
-                f"expected a divisor of the {count} {what} {inputs // count} inputs of {path}"
-            )
-            require(count % ranks == 0, "parallel.tensor", ranks, expected)
+            expected = f"a divisor of the {count} {what} {inputs // count} inputs of {path}"
+            expect(count % ranks == 0, "parallel.tensor", ranks, expected)
         elif name in BY_OUTPUT and format.block:
             blocks = -(-outputs * groups // format.block)
             fits = outputs * groups % (format.block * ranks) == 0
-            expected = (
-                f"expected a divisor of the {blocks} blocks of {format.block} scales of {path}"
-            )
-            require(fits, "parallel.tensor", ranks, expected)
+            expected = f"a divisor of the {blocks} blocks of {format.block} scales of {path}"
+            expect(fits, "parallel.tensor", ranks, expected)
     for path, _, held in adapted_modules(model):
         for lora in map(held.lora, held):
             fits = lora is None or lora.magnitude is None
-            expected = f"expected 1: the inputs of {path} would be divided, whose norm DoRA needs"
+            expected = f"1: the inputs of {path} would be divided, whose norm DoRA needs"
             divided = _adapter_by_input(path.rpartition(".")[2])
-            require(fits or not divided, "parallel.tensor", ranks, expected)
+            expect(fits or not divided, "parallel.tensor", ranks, expected)

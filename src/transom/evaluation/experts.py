@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.runtime import evaluating
 from transom.layers.inputs import TransformerInput
 from transom.layers.moe import Router
@@ -44,9 +44,9 @@ def expert_tokens(
     Raises:
         RequestError: The model has no experts, or `top` is not positive.
     """
-    require(top >= 1, "top", top, "expected 1 token or more")
+    expect(top >= 1, "top", top, "1 token or more")
     routers = [part for part in model.modules() if isinstance(part, Router)]
-    require(model.args.moe_args is not None, "model", "dense", "expected one with moe_args")
+    expect(model.args.moe_args is not None, "model", "dense", "one with moe_args")
     width = model.args.vocab_size
     chosen: dict[Router, Tensor] = {}
     pairs: dict[Router, list[Tensor]] = {router: [] for router in routers}

@@ -24,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 from tqdm import tqdm
 
-from transom.base.errors import RequestError, nearest, notice, require
+from transom.base.errors import RequestError, expect, nearest, notice
 from transom.base.runtime import machine
 from transom.base.version import __version__
 from transom.chat.files import DEFAULT
@@ -98,11 +98,10 @@ class TransomLM(TemplateLM):
                 offload=offload,
             )
         rows = max_batch_size if str(batch_size).startswith("auto") else int(batch_size)
-        require(rows is None or rows >= 1, "batch_size", batch_size, "expected auto, or 1 or more")
+        expect(rows is None or rows >= 1, "batch_size", batch_size, "auto, or 1 or more")
         longest = pretrained.model.args.max_seq_len
         fits = max_length is None or 1 <= max_length <= longest
-        expected = f"expected 1 to {longest}, the model's max_seq_len"
-        require(fits, "max_length", max_length, expected)
+        expect(fits, "max_length", max_length, f"1 to {longest}, the model's max_seq_len")
         self.eval_model, self.tokenizer = pretrained, pretrained.tokenizer
         self.max_length = longest if max_length is None else max_length
         self.max_gen_toks = max_gen_toks
@@ -244,8 +243,8 @@ class TransomLM(TemplateLM):
         """Yield the index and the continuation of each prompt; of a chat, the answer only."""
         until, max_new_tokens, sampling = read_settings(settings, self.max_gen_toks)
         room = self.max_length - max_new_tokens
-        expected = f"expected less than {self.max_length}, the model's length"
-        require(room > 0, "max_gen_toks", max_new_tokens, expected)
+        expected = f"less than {self.max_length}, the model's length"
+        expect(room > 0, "max_gen_toks", max_new_tokens, expected)
         ids = [self.tok_encode(prompt) or [self.prefix_token_id] for prompt in prompts]
         self._notice_cut(len(one) > room for one in ids)
         stop_tokens, eos_id = [*self.eval_model.stop_tokens], self.tokenizer.eos_id
@@ -290,10 +289,10 @@ def read_settings(
     """
     known = ("until", "do_sample", "num_beams", *NEW_TOKENS, *SAMPLING)
     for name, value in settings.items():
-        expected = f"expected one of {', '.join(sorted(known))}"
-        require(name in known, f"generation_kwargs: {name}", value, expected)
+        expected = f"one of {', '.join(sorted(known))}"
+        expect(name in known, f"generation_kwargs: {name}", value, expected)
     beams = settings.get("num_beams", 1)
-    require(beams == 1, "generation_kwargs: num_beams", beams, "expected 1")
+    expect(beams == 1, "generation_kwargs: num_beams", beams, "1")
     until = settings.get("until") or []
     until = [until] if isinstance(until, str) else until
     limits = [settings[name] for name in NEW_TOKENS if settings.get(name) is not None]
@@ -334,8 +333,8 @@ def run_tasks(
     tasks: list[str] = []
     for name in names:
         matches = [name] if Path(name).is_file() else manager.match_tasks([name])
-        expected = f"expected a task of lm_eval {_version()}{nearest(name, manager.all_tasks)}"
-        require(bool(matches), "--tasks", name, expected)
+        expected = f"a task of lm_eval {_version()}{nearest(name, manager.all_tasks)}"
+        expect(bool(matches), "--tasks", name, expected)
         tasks += matches
     found = simple_evaluate(
         model=lm,

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from transom.base.errors import WorkError, notice, require
+from transom.base.errors import WorkError, expect, notice
 from transom.base.files import json_text, shown_name, write_text
 from transom.base.runtime import machine
 from transom.base.version import __version__
@@ -80,7 +80,7 @@ def merge_folders(
     merge = Merge.plan(base, adapters, CombineArgs() if args is None else args, dtype, device)
     for folder in merge.location.folders:
         other = Path(out).resolve() != folder.resolve()
-        require(other, "out", str(out), "expected a folder that is not read")
+        expect(other, "out", str(out), "a folder that is not read")
     model_args, kind = read_args(merge.base), format or folder_format(merge.base)
     shapes = {name: LazyTensor.of(one) for name, one in meta_model(model_args).named_parameters()}
     plan_layout(model_args, shapes, kind, merge.dtype)  # refuses a wrong request before the work

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice
 from transom.base.files import json_text, shown_name, write_text
 from transom.base.runtime import DTYPES, dtype_name, machine
 from transom.base.version import __version__
@@ -95,13 +95,13 @@ def quantize_folder(
         WorkError: The model computes NaN or infinite numbers, or writing fails.
     """
     started, args = time.perf_counter(), args or QuantizeArgs()
-    require(calibration_rows >= 1, "calibration_rows", calibration_rows, "expected 1 or more")
-    require(format in ("hf", "native"), "format", format, "expected hf or native")
-    require(dtype is None or dtype in DTYPES, "dtype", dtype, f"expected {', '.join(DTYPES)}")
+    expect(calibration_rows >= 1, "calibration_rows", calibration_rows, "1 or more")
+    expect(format in ("hf", "native"), "format", format, "hf or native")
+    expect(dtype is None or dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
     location = find_model(model, revision)
     for folder in location.folders:
         other = Path(out).resolve() != folder.resolve()
-        require(other, "out", str(out), "expected a folder that is not read")
+        expect(other, "out", str(out), "a folder that is not read")
     made = _dense(location, device, "float32")
     shapes = {n: LazyTensor.of(one) for n, one in meta_model(made.args).named_parameters()}
     plan_layout(made.args, shapes, format)  # refuses a wrong request before the work

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import RequestError, WorkError, notice, require
+from transom.base.errors import RequestError, WorkError, expect, notice
 from transom.base.runtime import machine
 from transom.base.version import __version__
 from transom.data.text.shards import Corpus, TokenFile
@@ -86,8 +86,7 @@ def score_text(model: EvalModel, data: DataSet, args: EvalArgs) -> TaskResult:
     """
     tokenizer, longest = model.tokenizer, model.model.args.max_seq_len
     window = min(longest, WINDOW) if args.window is None else args.window
-    expected = f"expected 1 to {longest}, the model's max_seq_len"
-    require(window <= longest, "window", window, expected)
+    expect(window <= longest, "window", window, f"1 to {longest}, the model's max_seq_len")
     stride = max(1, window // 2) if args.stride is None else args.stride
     corpus = open_corpus(SourceArgs(data.path), tokenizer, progress=args.progress)
     _notice_left_out(data.path, corpus)

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect, require
 from transom.base.files import sha256_of
 from transom.data.file_formats import row_format
 from transom.data.row_files import read_rows
@@ -107,7 +107,7 @@ def kind_of(path: str) -> TaskKind:
     if row_format(file) is None or not file.is_file():
         return "text"
     row = next(read_rows(file), None)
-    require(row is not None, "data", path, f"expected one row or more with {EXPECTED}")
+    expect(row is not None, "data", path, f"one row or more with {EXPECTED}")
     assert row is not None, "checked in the line before"
     with located(row.where):
         return cast(TaskKind, recognise(row.given, KINDS).name)
@@ -129,19 +129,17 @@ def read_tasks(path: str, limit: int | None = None) -> list[Any]:
 def _choices(row: Columns, id: str) -> ChoiceRow:
     choices = row["choices"]
     fits = _is_list(choices, str, 2) and all(choices) and "messages" not in row
-    require(fits, "choices", choices, "expected a list of two texts or more, and no messages")
+    expect(fits, "choices", choices, "a list of two texts or more, and no messages")
     return ChoiceRow(id, _prompt(row), tuple(choices), _answer(row["answer"], choices))
 
 
 def _answers(row: Columns, id: str) -> AnswerRow:
     answers = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
-    fits = _is_list(answers, str, 1)
-    require(fits, "answer", row["answer"], "expected a text or a list of texts")
+    expect(_is_list(answers, str, 1), "answer", row["answer"], "a text or a list of texts")
     messages = row.get("messages", [])
     if "messages" in row:
         fits = _is_list(messages, dict, 1) and not row.keys() & set(PROMPT_KEYS)
-        expected = "expected a list of objects, and no prompt beside them"
-        require(fits, "messages", messages, expected)
+        expect(fits, "messages", messages, "a list of objects, and no prompt beside them")
     return AnswerRow(id, "" if messages else _prompt(row), tuple(messages), tuple(answers))
 
 
@@ -168,7 +166,7 @@ def _prompt(row: Columns) -> str:
     name = given[0] if given else "prompt"
     prompt = row.get(name)
     fits = len(given) == 1 and isinstance(prompt, str) and bool(prompt)
-    require(fits, name, prompt, 'expected one text, under "prompt" or "question"')
+    expect(fits, name, prompt, 'one text, under "prompt" or "question"')
     return str(prompt)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.base.yaml_files import read_yaml
 from transom.checkpoints.files.layout import holds_tokenizer
 from transom.checkpoints.files.location import ModelLocation
@@ -82,7 +82,7 @@ def token_rows(
     most = tokens if joined else min(tokens, max(2, LOGITS // args.vocab_size))
     length = min(LENGTH, args.max_seq_len) if keeps_every_token(args) else LENGTH
     if not any(map(holds_tokenizer, found.folders)):
-        require(data is None, "data", data, f"expected none, because {found} has no tokenizer")
+        expect(data is None, "data", data, f"none, because {found} has no tokenizer")
         notice(f"{found}: no tokenizer, so models are compared on random tokens")
         draws = torch.Generator().manual_seed(0)
         ids = torch.randint(args.vocab_size, (most,), generator=draws).tolist()
@@ -170,7 +170,6 @@ def _rows(source: str, documents: Iterable[Sequence[int]], length: int, most: in
             left -= len(row)
         if left < 2:
             break
-    expected = "expected a text of two tokens or more"
-    require(bool(out), "data", source, expected)
+    expect(bool(out), "data", source, "a text of two tokens or more")
     digest = hashlib.sha256(torch.cat(out).numpy().tobytes()).hexdigest()
     return TokenRows(source, digest, tuple(out))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transom.attention.mask import MaskSpec
 from transom.attention.reference import weights_BNTS
 from transom.attention.view import CacheView, ScoreArgs
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.layers.block import TransformerBlock
 from transom.layers.inputs import TransformerInput
 from transom.layers.moe import MoE
@@ -75,10 +75,9 @@ def trace(model: LLM, tokens_1T: Tensor) -> list[LayerTrace]:
         RequestError: The shape is another one, or an id is not in the vocabulary.
     """
     shape, last = tuple(tokens_1T.shape), model.args.vocab_size - 1
-    fits = len(shape) == 2 and shape[0] == 1 and shape[1] > 0
-    require(fits, "tokens", shape, "expected [1, tokens]")
+    expect(len(shape) == 2 and shape[0] == 1 and shape[1] > 0, "tokens", shape, "[1, tokens]")
     for id in (int(tokens_1T.min()), int(tokens_1T.max())):
-        require(0 <= id <= last, "token id", id, f"expected 0 to {last}")
+        expect(0 <= id <= last, "token id", id, f"0 to {last}")
     with torch.inference_mode():
         with recording(model) as recorded:
             model(TransformerInput(tokens_1T, logits="none"))

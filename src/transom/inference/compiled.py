@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, WorkError, notice, require
+from transom.base.errors import RequestError, WorkError, expect, notice
 from transom.base.runtime import is_out_of_memory
 from transom.cache.model_cache import ModelCache
 from transom.cache.store import BUCKET
@@ -40,7 +40,7 @@ def compiled_steps(model: LLM) -> CompiledSteps | None:
         RequestError: Weights of the model are offloaded.
     """
     offloaded = any(one.is_meta for one in model.parameters())
-    require(not offloaded, "compile", True, "expected False for a model with offloaded layers")
+    expect(not offloaded, "compile", True, "False for a model with offloaded layers")
     if model.device.type == "cpu" and quantized_leaves(model):
         notice(
             "compile: quantized weights decode faster without --compile on the CPU: it is ignored"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.fields import check_bounds, describe
 
 # Default limit of a conversation, in tokens: the maximum of some models would fill a GPU.
@@ -69,7 +69,7 @@ class DecodeArgs:
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        require(self.kv_bits in (8, 16), "kv_bits", self.kv_bits, "expected 8 or 16")
+        expect(self.kv_bits in (8, 16), "kv_bits", self.kv_bits, "8 or 16")
 
     def proposals(self, draft: object | None) -> int:
         """Return how many tokens are proposed per call at most, 0 without speculative decoding."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.cache.model_cache import ModelCache
 from transom.chat.marking import common_prefix
 from transom.checkpoints.load import LoadPlan
@@ -41,7 +41,7 @@ class DraftModel:
         head, context = model.args.head, model.args.context_dim
         plain = head is None and context is None
         found = head.kind if head is not None else f"context_dim = {context}"
-        require(plain, "draft model", found, "expected a language model without head and context")
+        expect(plain, "draft model", found, "a language model without head and context")
         self.model, self._step_size = model, prefill_step_size
         self._plan = decode_plan(model)
         self._cache: ModelCache | None = None
@@ -151,8 +151,8 @@ def open_draft(
 def check_vocabulary(draft: Tokenizer, target: Tokenizer) -> None:
     """Raise a `RequestError` unless every id is the same token in two tokenizers."""
     sizes = draft.vocab_size, target.vocab_size
-    expected = f"expected the model's {sizes[1]} tokens"
-    require(sizes[0] == sizes[1], "draft model's vocabulary", sizes[0], expected)
+    expected = f"the model's {sizes[1]} tokens"
+    expect(sizes[0] == sizes[1], "draft model's vocabulary", sizes[0], expected)
     for id in range(sizes[0]):
         one, other = draft.id_to_token(id), target.id_to_token(id)
         if one != other:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.base.errors import WorkError, notice, require
+from transom.base.errors import WorkError, expect, notice
 from transom.base.runtime import dtype_name, evaluating
 from transom.checkpoints.files.pooling import stated_pooling, tell_other_modules
 from transom.checkpoints.files.safetensors_files import write_tensors
@@ -45,7 +45,7 @@ class Embeddings:
 
         `names` are those of the labels; without them the label is its number.
         """
-        require(self.logits_RL is not None, "labels", None, "expected a classification head")
+        expect(self.logits_RL is not None, "labels", None, "a classification head")
         assert self.logits_RL is not None, "checked in the line before"
         best = self.logits_RL.double().softmax(1).max(1)
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -88,7 +88,7 @@ def embed(
     """
     model, folder = opened.model, opened.location.model
     for number, text in enumerate(texts, start=1):
-        require(bool(text), f"text {number} of {len(texts)}", text, "expected 1 character or more")
+        expect(bool(text), f"text {number} of {len(texts)}", text, "1 character or more")
     _tell_spelled(opened.tokenizer, texts)
     rows = encode_texts(opened.tokenizer, texts, model.args.max_seq_len)
     head = model.args.head
@@ -126,10 +126,10 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[
     begin, end = tokenizer.begin, tokenizer.end
     rows = tokenizer.encode_batch(texts)
     for text, row in zip(texts, rows, strict=True):
-        require(len(begin) + len(row) > 0, "text", text, "expected one of 1 token or more")
+        expect(len(begin) + len(row) > 0, "text", text, "one of 1 token or more")
     added = len(begin) + len(end)
     room = most - added
-    require(room > 0, "max_seq_len", most, f"expected more than the {added} tokens around a text")
+    expect(room > 0, "max_seq_len", most, f"more than the {added} tokens around a text")
     cut = sum(len(row) > room for row in rows)
     if cut:
         notice(f"{cut} of {len(rows)} texts are longer than {most} tokens: their ends are left out")
@@ -160,10 +160,10 @@ def run_rows(
     """
     head, free = model.args.head, model.args.head in (None, BASE_HEAD)
     if head is None:
-        require(pooling is not None, "pooling", pooling, "expected mean or last")
+        expect(pooling is not None, "pooling", pooling, "mean or last")
     elif not free:
-        expected = f"expected {head.pooling}, the pooling of the model's head"
-        require(pooling in (None, head.pooling), "pooling", pooling, expected)
+        expected = f"{head.pooling}, the pooling of the model's head"
+        expect(pooling in (None, head.pooling), "pooling", pooling, expected)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     vectors, logits = [], []
     for batch in _batches([rows[index] for index in order]):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.cache.model_cache import ModelCache
 from transom.config.model_args import ModelArgs
 from transom.inference.compiled import compiled_steps
@@ -162,7 +162,7 @@ def _padded(tokens: Tensor | list[list[int]], pad_token: int) -> tuple[Tensor, l
         return right_padded(tokens, pad_token), tokens
     fits = tokens.ndim == 2 and not tokens.is_floating_point()
     found = f"{tokens.dtype} {list(tokens.shape)}"
-    require(fits, "tokens", found, "expected integer ids of a shape [batch, tokens]")
+    expect(fits, "tokens", found, "integer ids of a shape [batch, tokens]")
     return tokens, tokens.tolist()
 
 
@@ -181,7 +181,7 @@ def _steps(
 ) -> Tokens:
     """Check the request, and return the generator of its tokens."""
     args, device = model.args, model.device
-    require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "expected 1 or more")
+    expect(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "1 or more")
     _check_prompts(prompts, args.vocab_size)
     if args.context_dim is not None and (cache is None or not cache.has_context):
         raise RequestError("context: got none; expected a cache whose first call had a context")
@@ -320,9 +320,9 @@ def check_language_model(args: ModelArgs) -> None:
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    require(len(prompts) > 0, "prompts", [], "expected one or more")
+    expect(len(prompts) > 0, "prompts", [], "one or more")
     for row, prompt in enumerate(prompts):
-        require(len(prompt) > 0, f"prompt {row}", [], "expected one token or more")
+        expect(len(prompt) > 0, f"prompt {row}", [], "one token or more")
         for id in prompt:
             if not 0 <= id < vocab_size:
                 raise RequestError(f"prompt {row}: got token {id}; expected 0 to {vocab_size - 1}")
@@ -333,13 +333,13 @@ def _not_cached(
 ) -> list[Sequence[int]]:
     """Return the tokens of each prompt that the cache does not have, and check that they fit."""
     rows = cache.batch_size
-    require(len(prompts) == rows, "prompts", len(prompts), f"expected the cache's {rows} rows")
+    expect(len(prompts) == rows, "prompts", len(prompts), f"the cache's {rows} rows")
     cached = cache.lengths_B.tolist()
     rest = [prompt[count:] for prompt, count in zip(prompts, cached, strict=True)]
     for prompt, count in zip(prompts, cached, strict=True):
         found = f"{len(prompt)} tokens"
-        require(count < len(prompt), "prompt", found, f"expected more than the cache's {count}")
+        expect(count < len(prompt), "prompt", found, f"more than the cache's {count}")
     needed = max(map(len, prompts)) + max_new_tokens - 1  # the last token is not stored
     fits = not cache.bounded or needed <= cache.capacity
-    require(fits, "cache", f"{needed} tokens", f"expected at most its capacity of {cache.capacity}")
+    expect(fits, "cache", f"{needed} tokens", f"at most its capacity of {cache.capacity}")
     return rest

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.checkpoints.describe_model import DescribedModel
 from transom.checkpoints.files.layout import weight_files
 from transom.inference.decode_args import DEFAULT, DecodeArgs
@@ -94,8 +94,8 @@ def memory_answer(
         RequestError: As for `load`, or `context` or `batch` is less than 1, or there is nothing to
             offload.
     """
-    require(context >= 1, "context", context, "expected 1 or more tokens")
-    require(batch >= 1, "batch", batch, "expected 1 or more rows")
+    expect(context >= 1, "context", context, "1 or more tokens")
+    expect(batch >= 1, "batch", batch, "1 or more rows")
     args, step = described.args, decode.prefill_step_size
     more: dict[str, int] = {}
     if draft is not None:
@@ -157,9 +157,9 @@ def _weights(
         ("keep_quantized", keep_quantized),
         ("offload", offload and offload.source),
     ):
-        require(not value, name, value, f"expected files of weights, not {described.name}")
+        expect(not value, name, value, f"files of weights, not {described.name}")
     kind, widths = dtype or "bfloat16", {**BYTES_PER_VALUE, "float16": 2, "float64": 8}
-    require(kind in widths, "dtype", dtype, f"expected {', '.join(widths)}")
+    expect(kind in widths, "dtype", dtype, ", ".join(widths))
     counts = weight_counts(described.args)
     return {one: n * widths[kind] for one, n in counts.items()}, 0, kind, widths[kind]
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from transom.base.errors import RequestError, WorkError, notice, require
+from transom.base.errors import RequestError, WorkError, expect, notice, require
 from transom.base.runtime import dtype_name
 from transom.cache.model_cache import ModelCache
 from transom.cache.prefix import PrefixCache, PrefixNode
@@ -107,7 +107,7 @@ class PromptCache(PrefixCache):
     def _load(self) -> None:
         """Read the nodes of the file, whose tensors are views of its memory map."""
         shown, broken = str(self.path), "expected a complete file of prompt states, or a new name"
-        require(not self.path.is_dir(), FIELD, shown, "expected a file, not a folder")
+        expect(not self.path.is_dir(), FIELD, shown, "a file, not a folder")
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -118,8 +118,8 @@ class PromptCache(PrefixCache):
         require(metadata.get("sha256") == _sha256(text), FIELD, shown, broken)
         content = json.loads(text)
         for name, ours in self.facts.items():
-            theirs, expected = content["facts"].get(name), f"expected {ours!r} for this model"
-            require(theirs == ours, f"{FIELD}: {shown}: {name}", theirs, expected)
+            theirs = content["facts"].get(name)
+            expect(theirs == ours, f"{FIELD}: {shown}: {name}", theirs, f"{ours!r} for this model")
         sums = {name: checksum(x) for name, x in tensors.items()}
         require(content["sums"] == sums, FIELD, shown, broken)
         nodes: list[PrefixNode] = []

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.checkpoints.load import LoadPlan
 from transom.config.model_args import ModelArgs
 from transom.inference.decode_args import MAX_CONTEXT, DecodeArgs
@@ -37,8 +37,7 @@ def check_room(
     """Raise a `RequestError` if prompt and new tokens together exceed the context."""
     limit, name = context_limit(args, max_model_len)
     found = f"a prompt of {prompt_tokens} tokens and {new_tokens} new"
-    fits = prompt_tokens + new_tokens <= limit
-    require(fits, "tokens", found, f"expected {name} = {limit} together")
+    expect(prompt_tokens + new_tokens <= limit, "tokens", found, f"{name} = {limit} together")
 
 
 def context_limit(args: ModelArgs, max_model_len: int | None = None) -> tuple[int, str]:
@@ -85,8 +84,7 @@ def session_room(args: ModelArgs, decode: DecodeArgs) -> int:
     limit, requested = context_limit(args)[0], decode.max_model_len
     if requested is None:
         return limit if limit == sys.maxsize else min(limit, MAX_CONTEXT)
-    expected = f"expected 2 to {limit}, the model's max_seq_len"
-    require(requested <= limit, "max_model_len", requested, expected)
+    expect(requested <= limit, "max_model_len", requested, f"2 to {limit}, the model's max_seq_len")
     return requested
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.runtime import mixed_seed
 from transom.inference.copies import to_device
 from transom.inference.sampling import SamplingArgs
@@ -43,7 +43,7 @@ class Sampler:
     ) -> None:
         if seeds is None:
             seeds = [mixed_seed(args.seed, row) for row in range(batch)]
-        require(len(seeds) == batch, "seeds", len(seeds), f"expected one seed per row, {batch}")
+        expect(len(seeds) == batch, "seeds", len(seeds), f"one seed per row, {batch}")
         self.args, self.vocab, self.device = args, vocab, device
         self._log_probs = log_probs
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]

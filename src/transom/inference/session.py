@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.base.runtime import mixed_seed
 from transom.chat.fingerprint import warn_if_other
 from transom.chat.marking import common_prefix
@@ -245,7 +245,7 @@ class Session:
         names = adapter_names(self.model)
         known = bool(names) and name in (*names, NONE)
         expected = ", ".join((*names, NONE)) if names else "a chat that was opened with adapters"
-        require(known, "adapter", name, f"expected {expected}")
+        expect(known, "adapter", name, expected)
         activate_adapters(self.model, () if name == NONE else (name,))
         notice(f"adapter in use: {name}", again=True)
         self.cache.reset()
@@ -257,10 +257,10 @@ class Session:
         Raises:
             RequestError: The file exists already, or it can't be written.
         """
-        require(bool(name), "file", name, "expected the name of a file")
+        expect(bool(name), "file", name, "the name of a file")
         path, content = Path(name).expanduser(), self.framing.saved()
         fits = path in self.saved_files or not path.exists()
-        require(fits, "file", name, "expected a new name, since the file exists")
+        expect(fits, "file", name, "a new name, since the file exists")
         try:
             path.write_text(content, encoding="utf-8")
         except OSError as error:
@@ -337,7 +337,7 @@ def open_session(
     template = opened.template if use_template else None
     framing: Framing
     if template is None:
-        require(not prefill, "prefill", prefill, "expected a chat template with it")
+        expect(not prefill, "prefill", prefill, "a chat template with it")
         framing, markers, stop_tokens = GrowingText(tokenizer), None, opened.stop_tokens
         why = "this model has no chat template" if use_template else "the chat template is ignored"
         notice(f"{why}: each turn continues one growing text, on a new line")

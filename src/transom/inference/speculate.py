@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice
 from transom.cache.model_cache import ModelCache
 from transom.inference.decode_args import DecodeArgs
 from transom.inference.decode_plan import alone, decode_plan
@@ -217,15 +217,15 @@ def choose_proposer(
     name, looked_up = "prompt_lookup_num_tokens", decode.prompt_lookup_num_tokens
     drafted = decode.num_draft_tokens
     if draft is not None:
-        require(looked_up is None, name, looked_up, "expected none with a draft model")
+        expect(looked_up is None, name, looked_up, "none with a draft model")
         name = "num_draft_tokens"
     else:
-        require(drafted is None, "num_draft_tokens", drafted, "expected a draft model with it")
+        expect(drafted is None, "num_draft_tokens", drafted, "a draft model with it")
     most = decode.proposals(draft)
     if not most:
         return None
-    require(rows == 1, "prompts", f"{rows} rows", "expected one row with speculative decoding")
+    expect(rows == 1, "prompts", f"{rows} rows", "one row with speculative decoding")
     if decode.compile:
         notice("speculative decoding runs without --compile")
-    require(most <= cache.slack, name, most, f"expected at most the cache's slack of {cache.slack}")
+    expect(most <= cache.slack, name, most, f"at most the cache's slack of {cache.slack}")
     return draft or PromptLookup(), most

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice
 from transom.base.runtime import (
     matmul_peak,
     memory_bytes,
@@ -111,14 +111,14 @@ def measure_speed(
     Raises:
         RequestError: The request can't be computed. It is raised before the model runs.
     """
-    require(new_tokens >= 2, "new_tokens", new_tokens, "expected 2 or more")
-    require(repetitions >= 1, "repetitions", repetitions, "expected 1 or more")
+    expect(new_tokens >= 2, "new_tokens", new_tokens, "2 or more")
+    expect(repetitions >= 1, "repetitions", repetitions, "1 or more")
     for name, sizes in (("batch_sizes", batch_sizes), ("prompt_lengths", prompt_lengths)):
-        require(min(sizes, default=0) >= 1, name, list(sizes), "expected integers of 1 or more")
-    file, expected = decode.prompt_cache_file, "expected none: later prefills would skip the prompt"
-    require(file is None, "prompt_cache_file", file, expected)
+        expect(min(sizes, default=0) >= 1, name, list(sizes), "integers of 1 or more")
+    file = decode.prompt_cache_file
+    expect(file is None, "prompt_cache_file", file, "none: later prefills would skip the prompt")
     alone = max(batch_sizes) == 1 or not decode.proposals(None)
-    require(alone, "batch_sizes", list(batch_sizes), "expected 1 with speculative decoding")
+    expect(alone, "batch_sizes", list(batch_sizes), "1 with speculative decoding")
     check_language_model(model.args)
     check_room(model.args, max(prompt_lengths), new_tokens, decode.max_model_len)
     rows, longest = max(batch_sizes), max(prompt_lengths)
@@ -217,8 +217,8 @@ def open_or_draw(
     location = described.location
     if location is not None and Path(described.name).name not in (CONFIG, PARAMS):
         return load(location, device, dtype, keep_quantized=keep_quantized)
-    expected = f"expected a quantized GGUF file or folder, not {described.name}"
-    require(not keep_quantized, "keep_quantized", keep_quantized, expected)
+    expected = f"a quantized GGUF file or folder, not {described.name}"
+    expect(not keep_quantized, "keep_quantized", keep_quantized, expected)
     args, place = described.args, pick_device(device)
     kind, size = pick_dtype(dtype or "auto", place), counts.parameters(args)
     weights = {name: count * kind.itemsize for name, count in weight_counts(args).items()}

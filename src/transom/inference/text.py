@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.runtime import memory_bytes
 from transom.inference.decode_args import DEFAULT
 from transom.inference.forward import Tokens
@@ -135,7 +135,7 @@ def stream_text(
         RequestError: The request can't be computed. It is raised before the model runs.
     """
     for word in stop:
-        require(len(word) > 0, "stop", word, "expected text of one character or more")
+        expect(len(word) > 0, "stop", word, "text of one character or more")
     special = tokenizer.special_tokens
     words = {special[w]: w for w in stop if w in special and special[w] not in stop_tokens}
     stop_tokens = (*stop_tokens, *words)

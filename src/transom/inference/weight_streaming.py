@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.base.runtime import large_pages
 from transom.checkpoints.files.file_pieces import PAGE, FilePiece
 from transom.checkpoints.files.lazy_tensors import TensorGroup
@@ -50,7 +50,7 @@ class Offload:
     def __init__(
         self, source: str, max_memory: str | int | None = None, *, tokens: int = 512
     ) -> None:
-        require(source in ("cpu", "disk"), "offload", source, "expected cpu or disk")
+        expect(source in ("cpu", "disk"), "offload", source, "cpu or disk")
         if isinstance(max_memory, str):
             max_memory = parse_size(max_memory, "max_memory")
         self.max_memory: int | None = max_memory
@@ -67,7 +67,7 @@ class Offload:
         """
         kind, room = plan.device.type, least_of(bytes_left(plan.device), self.max_memory)
         fits = kind == "cuda" or (kind == "cpu" and self.source == "disk")
-        require(fits, "offload", self.source, f"expected disk on the CPU or a GPU, not on {kind}")
+        expect(fits, "offload", self.source, f"disk on the CPU or a GPU, not on {kind}")
         sizes = [sum(group.nbytes for group in blocks[index]) for index in sorted(blocks)]
         others = plan.weight_bytes - sum(sizes)
         # What is converted is in memory three times more at most, one tensor at a time.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from transom.base.errors import RequestError, nearest, notice, require
+from transom.base.errors import RequestError, expect, nearest, notice
 from transom.layers.linear import Embedding
 from transom.lora.adapters import activate_adapters, attach, leaves, train_adapters
 from transom.lora.args import ROLES, LoraArgs
@@ -46,8 +46,8 @@ def apply_lora(
         path: leaf for path, leaf in target_leaves(known, args.targets).items() if path not in whole
     }
     smallest = min((_shorter_side(leaf) for leaf in chosen.values()), default=args.rank)
-    expected = f"expected at most {smallest}, the shorter side of the smallest target matrix"
-    require(args.rank <= smallest, "rank", args.rank, expected)
+    expected = f"at most {smallest}, the shorter side of the smallest target matrix"
+    expect(args.rank <= smallest, "rank", args.rank, expected)
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, LoraWeights | Replacement] = {}
     for path, leaf in chosen.items():

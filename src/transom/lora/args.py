@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from transom.base import fields
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.fields import SEED, check_bounds, describe
 
 # The factor on B(A x): alpha / rank (PEFT), alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv
@@ -56,12 +56,12 @@ class LoraArgs:
         check_bounds(self)
         # With alpha = 0, neither A nor B would get a gradient.
         useful = math.isfinite(self.alpha) and self.alpha != 0
-        require(useful, "alpha", self.alpha, "expected a finite number other than 0")
-        require(
+        expect(useful, "alpha", self.alpha, "a finite number other than 0")
+        expect(
             bool(self.targets),
             "targets",
             self.targets,
-            f"expected one or more, such as {ROLES[-1]}",
+            f"one or more, such as {ROLES[-1]}",
         )
 
     @classmethod
@@ -89,18 +89,18 @@ class CombineArgs:
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        require(self.method in METHODS, "method", self.method, f"expected {', '.join(METHODS)}")
-        require(
+        expect(self.method in METHODS, "method", self.method, ", ".join(METHODS))
+        expect(
             all(map(math.isfinite, self.weights)),
             "weights",
             self.weights,
-            "expected finite numbers",
+            "finite numbers",
         )
 
     def weights_of(self, count: int) -> tuple[float, ...]:
         """Return a weight for each of `count` adapters. Raise `RequestError` for another number
         of weights.
         """
-        expected = f"expected one for each of {count} adapters, or none"
-        require(len(self.weights) in (0, count), "weights", self.weights, expected)
+        expected = f"one for each of {count} adapters, or none"
+        expect(len(self.weights) in (0, count), "weights", self.weights, expected)
         return self.weights or (1.0,) * count

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.lora.adapters import adapted_modules
 from transom.lora.args import CombineArgs
 from transom.lora.weights import LoraWeights
@@ -32,8 +32,8 @@ def scale_adapters(model: nn.Module, weights: Mapping[str, float]) -> None:
             if part is None or weight == 1:
                 continue
             adds = isinstance(part, LoraWeights) and part.magnitude is None
-            expected = f"expected 1, as adapter {name!r} replaces {path} or its length (DoRA)"
-            require(adds, "weight", weight, expected)
+            expected = f"1, as adapter {name!r} replaces {path} or its length (DoRA)"
+            expect(adds, "weight", weight, expected)
             assert isinstance(part, LoraWeights)
             part.alpha *= weight
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.models.llm import LLM
 from transom.quantize.leaves import Quantized
 from transom.tokenizers.tokenizer import Tokenizer
@@ -34,11 +34,11 @@ def add_tokens(
     if not tokens:
         return tokenizer
     for token in tokens:
-        require(
+        expect(
             tokenizer.token_to_id(token) is None,
             "new_tokens",
             token,
-            "expected words that are no token yet",
+            "words that are no token yet",
         )
     larger = tokenizer.with_special(tokens)
     if larger.vocab_size > model.args.vocab_size:
@@ -60,7 +60,7 @@ def resize_vocabulary(model: LLM, rows: int) -> None:
     Raise `RequestError` unless `rows` is more than the model has, and the two are not quantized.
     """
     before = model.args.vocab_size
-    require(rows > before, "rows of the vocabulary", rows, f"expected more than {before}")
+    expect(rows > before, "rows of the vocabulary", rows, f"more than {before}")
     if isinstance(model.tok_embeddings, Quantized) or isinstance(model.output, Quantized):
         raise RequestError("vocabulary: got quantized embeddings or output; expected dense ones")
     for leaf in (model.tok_embeddings, model.output):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transom.attention.backends import Attend
 from transom.attention.mask import Layout, MaskSpec, positions_from_sizes, segments_from_sizes
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.cache.model_cache import ModelCache
 from transom.config.layer_args import LayerRule, RopeScaling
 from transom.config.model_args import ModelArgs
@@ -102,8 +102,8 @@ def packed_sizes(
         nested = (tuple(size[0] for size in nested),)
     for row in nested:
         fits = len(nested) == rows and sum(row) == count and min(row) >= 1
-        expected = f"expected {rows} rows of lengths of 1 or more whose sum is {count}"
-        require(fits, "sizes", [list(row) for row in nested], expected)
+        expected = f"{rows} rows of lengths of 1 or more whose sum is {count}"
+        expect(fits, "sizes", [list(row) for row in nested], expected)
     return nested
 
 
@@ -161,17 +161,14 @@ def check_input(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | N
     """Raise a `RequestError` for an input that can't be computed, without asking the device."""
     tokens, sizes, lengths = inputs.tokens, inputs.sizes, inputs.lengths
     fits = tokens.ndim == 2 and tokens.size(1) > 0
-    require(
-        fits, "tokens", list(tokens.shape), "expected a shape [batch, tokens] with 1 token or more"
-    )
+    expect(fits, "tokens", list(tokens.shape), "a shape [batch, tokens] with 1 token or more")
     replaced = lengths is not None or inputs.tokens_position is not None
     if sizes is not None and replaced:
         raise RequestError("sizes: got lengths or tokens_position too; expected sizes alone")
     if lengths is not None:
         fits = lengths.shape == tokens.shape[:1]
-        require(fits, "lengths", list(lengths.shape), f"expected a shape [{len(tokens)}]")
-    fits = inputs.logits in ("all", "last", "none")
-    require(fits, "logits", inputs.logits, "expected all, last or none")
+        expect(fits, "lengths", list(lengths.shape), f"a shape [{len(tokens)}]")
+    expect(inputs.logits in ("all", "last", "none"), "logits", inputs.logits, "all, last or none")
     check_positions(inputs)
     check_segments(inputs)
     check_context(args, inputs, cache)
@@ -187,16 +184,14 @@ def check_input(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | N
             flat = (size if isinstance(size, int) else max(size, default=0) for size in sizes)
             count = max(flat, default=0)
         most = args.max_seq_len
-        require(
-            count <= most, "tokens", count, f"expected at most max_seq_len = {most} per sequence"
-        )
+        expect(count <= most, "tokens", count, f"at most max_seq_len = {most} per sequence")
         return
     if sizes is not None:
         raise RequestError("sizes: got packed rows with a cache; expected one sequence per row")
     if inputs.tokens_position is not None:
         raise RequestError("tokens_position: got positions with a cache; expected it to count them")
     fits = tokens.size(0) == cache.batch_size
-    require(fits, "tokens", list(tokens.shape), f"expected the cache's {cache.batch_size} rows")
+    expect(fits, "tokens", list(tokens.shape), f"the cache's {cache.batch_size} rows")
 
 
 def check_positions(inputs: TransformerInput) -> None:
@@ -209,9 +204,9 @@ def check_positions(inputs: TransformerInput) -> None:
         fits = tuple(given.shape) in ((count,), (1, count), (rows, count))
         fits = fits and given.dtype in (torch.int64, torch.int32)
         found = f"{given.dtype} {list(given.shape)}"
-        require(fits, "tokens_position", found, f"expected integers [{count}] or [{rows}, {count}]")
+        expect(fits, "tokens_position", found, f"integers [{count}] or [{rows}, {count}]")
     elif given is not None:
-        require(given >= 0, "tokens_position", given, "expected an integer of 0 or more")
+        expect(given >= 0, "tokens_position", given, "an integer of 0 or more")
 
 
 def check_segments(inputs: TransformerInput) -> None:
@@ -221,8 +216,8 @@ def check_segments(inputs: TransformerInput) -> None:
         return
     placed = isinstance(inputs.tokens_position, Tensor)
     fits = placed and given.shape == shape and given.dtype in (torch.int64, torch.int32)
-    expected = f"expected integers {list(shape)} with a tensor tokens_position"
-    require(fits, "segments", f"{given.dtype} {list(given.shape)}", expected)
+    expected = f"integers {list(shape)} with a tensor tokens_position"
+    expect(fits, "segments", f"{given.dtype} {list(given.shape)}", expected)
 
 
 def check_context(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | None) -> None:
@@ -239,10 +234,10 @@ def check_context(args: ModelArgs, inputs: TransformerInput, cache: ModelCache |
         raise RequestError("context: got one again; expected it with the first tokens only")
     shape = f"[{rows}, states, {args.context_dim}]"
     if given is None:
-        require(cached, "context", None, f"expected {shape}, since the model reads a context")
+        expect(cached, "context", None, f"{shape}, since the model reads a context")
         return
     fits = given.ndim == 3 and given.size(0) == rows and given.size(2) == args.context_dim
-    require(fits, "context", list(given.shape), f"expected a shape {shape}")
+    expect(fits, "context", list(given.shape), f"a shape {shape}")
     if lengths is not None:
         fits = lengths.shape == (rows,)
-        require(fits, "context_lengths", list(lengths.shape), f"expected a shape [{rows}]")
+        expect(fits, "context_lengths", list(lengths.shape), f"a shape [{rows}]")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.base.files import refuse_pointer
 from transom.config.vision_args import VisionArgs
 
@@ -74,8 +74,8 @@ def image_tokens(grid: tuple[int, int], patches_per_tile: int, tokens: ImageToke
         RequestError: A number is below 1.
     """
     columns, rows = grid
-    require(columns >= 1 and rows >= 1, "grid", grid, "expected 1 column and 1 row or more")
-    require(patches_per_tile >= 1, "patches_per_tile", patches_per_tile, "expected 1 or more")
+    expect(columns >= 1 and rows >= 1, "grid", grid, "1 column and 1 row or more")
+    expect(patches_per_tile >= 1, "patches_per_tile", patches_per_tile, "1 or more")
     patches = [tokens.patch] * patches_per_tile
     line = [*([*patches, tokens.tile_x] * (columns - 1)), *patches, tokens.tile_y]
     tiles = line * rows if columns * rows > 1 else []
@@ -100,9 +100,9 @@ def prepare_image(
     Raises:
         RequestError: The image can't be read.
     """
-    require(max_tiles >= 1, "max_tiles", max_tiles, "expected 1 or more")
+    expect(max_tiles >= 1, "max_tiles", max_tiles, "1 or more")
     channels = args.num_channels
-    require(channels == 3, "vision_args.num_channels", channels, "expected 3 for images")
+    expect(channels == 3, "vision_args.num_channels", channels, "3 for images")
     image, tile = open_image(source), args.image_size
     from PIL import Image  # after `open_image`, which checks that Pillow is installed
 
@@ -242,12 +242,12 @@ def _check(image: Image.Image, name: str) -> None:
     """Check the header of an image before its pixels are decoded."""
     short, long = sorted(image.size)
     size = f"{image.width} x {image.height} pixels"
-    require(short >= 1, name, size, "expected 1 pixel or more each way")
-    require(short * long <= MAX_PIXELS, name, size, f"expected at most {MAX_PIXELS} pixels")
-    expected = f"expected a long side of at most {MAX_ASPECT_RATIO} times the short one"
-    require(long <= MAX_ASPECT_RATIO * short, name, size, expected)
+    expect(short >= 1, name, size, "1 pixel or more each way")
+    expect(short * long <= MAX_PIXELS, name, size, f"at most {MAX_PIXELS} pixels")
+    expected = f"a long side of at most {MAX_ASPECT_RATIO} times the short one"
+    expect(long <= MAX_ASPECT_RATIO * short, name, size, expected)
     mode = f"mode {image.mode}"
-    require(image.mode in MODES, name, mode, f"expected one of the modes {', '.join(MODES)}")
+    expect(image.mode in MODES, name, mode, f"one of the modes {', '.join(MODES)}")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from transom.base.errors import WorkError, notice, require
+from transom.base.errors import WorkError, expect, notice
 from transom.base.files import cache_dir
 
 UNITS = ("block.cpp", "products.cpp")  # every file that is compiled on its own
@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL | None:
         RequestError: The environment variable TRANSOM_OPS is neither 0 nor 1.
     """
     switch = os.environ.get(SWITCH, "1")
-    require(switch in ("0", "1"), SWITCH, switch, "expected 0 or 1")
+    expect(switch in ("0", "1"), SWITCH, switch, "0 or 1")
     return loaded() if switch == "1" else None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.config.layer_args import LayerArgs, MoeArgs
 from transom.config.model_args import ModelArgs
 from transom.planning import counts
@@ -113,7 +113,7 @@ def plan(args: ModelArgs, length: int | None = None) -> ModelPlan:
         RequestError: `length` is less than 1.
     """
     tokens = args.max_seq_len if length is None else length
-    require(tokens >= 1, "length", tokens, "expected 1 or more tokens")
+    expect(tokens >= 1, "length", tokens, "1 or more tokens")
     parameters = counts.parameters(args)
     return ModelPlan(
         length=tokens,

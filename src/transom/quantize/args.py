@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from transom.base import fields
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.fields import check_bounds, describe
 
 Kind = Literal["nf4", "fp4", "int4", "int8", "fp8"]
@@ -74,20 +74,19 @@ class QuantizeArgs:
     def __post_init__(self) -> None:
         check_bounds(self)
         groups = ", ".join(map(str, GROUPS))
-        require(self.group in GROUPS, "group", self.group, f"expected one of {groups}")
+        expect(self.group in GROUPS, "group", self.group, f"one of {groups}")
         plain = self.method == "rtn" and not self.fit_scales
         fits = (self.kind == "nf4" and plain) or not self.double_quant
-        expected = "expected kind nf4 and plain method rtn with it"
-        require(fits, "double_quant", self.double_quant, expected)
+        expect(fits, "double_quant", self.double_quant, "kind nf4 and plain method rtn with it")
         fits = self.kind in ("int4", "int8") or not self.zero_points
-        require(fits, "zero_points", self.zero_points, "expected kind int4 or int8 with it")
+        expect(fits, "zero_points", self.zero_points, "kind int4 or int8 with it")
         fits = self.method == "rtn" or not self.fit_scales
-        require(fits, "fit_scales", self.fit_scales, "expected method rtn with it; others do so")
+        expect(fits, "fit_scales", self.fit_scales, "method rtn with it; others do so")
         if self.bits_budget is not None:
             chosen = self.kind == "int4" and self.group == QuantizeArgs.group
             fits = chosen and self.method != "awq"
-            expected = "expected kind int4, method rtn or gptq, and no group, which it chooses"
-            require(fits, "bits_budget", self.bits_budget, expected)
+            expected = "kind int4, method rtn or gptq, and no group, which it chooses"
+            expect(fits, "bits_budget", self.bits_budget, expected)
 
     @property
     def calibrated(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.runtime import evaluating
 from transom.layers.inputs import TransformerInput
 from transom.layers.linear import Embedding
@@ -51,8 +51,8 @@ def choose_formats(
     made = {path: min(own, key=own.__getitem__) for path, own in candidates.items()}
     left = args.bits_budget * weights - sum(candidates[path][one] for path, one in made.items())
     least = args.bits_budget - left / weights
-    expected = f"expected at least {least:.3f}, the smallest formats of all leaves"
-    require(left >= 0, "bits_budget", args.bits_budget, expected)
+    expected = f"at least {least:.3f}, the smallest formats of all leaves"
+    expect(left >= 0, "bits_budget", args.bits_budget, expected)
     losses = _losses(model, candidates, chosen, batches)
     while True:
         steps = []  # loss saved per bit, bits, leaf, index of the new format

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from transom.base.errors import RequestError, WorkError, require
+from transom.base.errors import RequestError, WorkError, expect
 from transom.base.runtime import evaluating
 from transom.layers.inputs import TransformerInput
 from transom.layers.linear import Embedding, GroupedLinear, Linear
@@ -100,7 +100,7 @@ def checked_batches(
         raise RequestError(f"batches: got {tokens:,} tokens of calibration text; {expected}")
     last = model.args.vocab_size - 1
     ids = [int(one) for one in torch.cat([one.flatten() for one in made]).aminmax()]
-    require(ids[0] >= 0 and ids[1] <= last, "batches", ids, f"expected ids from 0 to {last}")
+    expect(ids[0] >= 0 and ids[1] <= last, "batches", ids, f"ids from 0 to {last}")
     return made
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.ops.tiles import OUTPUTS, dense_rows
 from transom.ops.weights import coded_weight
 from transom.quantize.args import QuantizeArgs
@@ -131,7 +131,7 @@ def quantize(
     """
     inputs = weight.size(-1)
     group = format.group or inputs
-    require(inputs % group == 0, "group", group, f"expected a divisor of the {inputs} inputs")
+    expect(inputs % group == 0, "group", group, f"a divisor of the {inputs} inputs")
     if weight.ndim == 3:
         experts = [quantize(one, format, fit) for one in weight]
         return {name: torch.stack([parts[name] for parts in experts]) for name in experts[0]}

@@ -11,7 +11,7 @@ from itertools import pairwise
 import tokenizers
 from tokenizers import models
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.tokenizers.backend import AddedToken, Frame, TokenizerBackend
 from transom.tokenizers.token_files import TokenFiles
 
@@ -201,7 +201,7 @@ def add_tokens(library: tokenizers.Tokenizer, described: TokenFiles, source: str
         token, given = entry["content"], library.token_to_id(entry["content"])
         if before[id] is None:
             name = f"{described.folder}: id of the added token {token!r}"
-            require(given == id, name, id, f"expected {given}, the next free id in {source}")
+            expect(given == id, name, id, f"{given}, the next free id in {source}")
         elif given != id:
             notice(
                 f"{source}: the id of {token!r} is {given}; the {id} of a file beside "

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice, require
 from transom.base.files import json_object, read_bytes, read_json
 from transom.tokenizers.backend import TokenizerBackend
 from transom.tokenizers.token_files import ADDED_FILE, CONFIG_FILE, NAMED, SPECIALS_FILE, TokenFiles
@@ -18,7 +18,7 @@ TOKENIZER_FILE = "tokenizer.json"
 COMPANIONS = (CONFIG_FILE, SPECIALS_FILE, ADDED_FILE, "chat_template.jinja", "chat_template.json")
 TEMPLATES = "additional_chat_templates"  # a folder of further templates, NAME.jinja
 EXPECTED = (
-    f"expected a folder with {TOKENIZER_FILE}, tekken.json or tokenizer.model, or a "
+    f"a folder with {TOKENIZER_FILE}, tekken.json or tokenizer.model, or a "
     f"file of one of these kinds"
 )
 
@@ -30,7 +30,7 @@ def read_folder(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     file = _chosen(path) if path.is_dir() else path
-    require(file.is_file(), "tokenizer", str(path), EXPECTED)
+    expect(file.is_file(), "tokenizer", str(path), EXPECTED)
     content, folder = read_bytes(file), file.parent
     present = [name for name in COMPANIONS if (folder / name).is_file()]
     present += [f"{TEMPLATES}/{one.name}" for one in sorted((folder / TEMPLATES).glob("*.jinja"))]
@@ -51,7 +51,7 @@ def read_folder(path: str | Path) -> dict[str, Any]:
 def _chosen(folder: Path) -> Path:
     """Return the tokenizer file of a folder: tokenizer.json, Mistral's, or tokenizer.model."""
     candidates = list(_candidates(folder))
-    require(bool(candidates), "tokenizer", str(folder), EXPECTED)
+    expect(bool(candidates), "tokenizer", str(folder), EXPECTED)
     if len(candidates) > 1:
         others = ", ".join(file.name for file in candidates[1:])
         notice(
@@ -150,7 +150,7 @@ def _policy(
     for name, ids in zip(NAMED, backend.frame, strict=False):
         asked = config.get(f"add_{name}")
         right = asked is None or type(asked) is bool
-        require(right, f"{file}: add_{name}", asked, "expected true, false or null")
+        expect(right, f"{file}: add_{name}", asked, "true, false or null")
         token = named.get(name)
         id = None if token is None else backend.token_to_id(token)
         framed = id is not None and id in ids

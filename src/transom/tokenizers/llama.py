@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.tokenizers.backend import AddedToken
 from transom.tokenizers.byte_pairs import BytePairBackend, add_rank
 
@@ -150,7 +150,7 @@ def read_ranks(content: bytes, source: str) -> dict[bytes, int]:
         if line:
             words = line.split()
             right = len(words) == 2 and words[1].isdigit()
-            require(right, f"{source}: line {number}", line, "expected `base64 rank`")
+            expect(right, f"{source}: line {number}", line, "`base64 rank`")
             add_rank(ranks, words[0], int(words[1]), f"{source}: line {number}")
     return ranks
 
@@ -161,6 +161,6 @@ def _family_of(ranks: int, source: str, vocab_size: int | None) -> LlamaFamily:
     fitting = [family for family in families if ranks + family.control_count == vocab_size]
     fitting += [family for family in families if family.ranks == ranks]
     sizes = ", ".join(f"{ranks + family.control_count} ({family.name})" for family in families)
-    expected = f"expected {sizes} with {ranks} ranks"
-    require(bool(fitting), f"{source}: vocab_size of the model", vocab_size, expected)
+    expected = f"{sizes} with {ranks} ranks"
+    expect(bool(fitting), f"{source}: vocab_size of the model", vocab_size, expected)
     return fitting[0]

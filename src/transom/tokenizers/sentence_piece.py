@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect, require
 from transom.tokenizers.backend import AddedToken, SpelledBackend, fingerprint_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class SentencePieceBackend(SpelledBackend):
         self._model, self._source, self._prefix_everywhere = model, source, prefix_everywhere
         processor = self._processor = _processor(model, source)
         self.size = processor.get_piece_size()
-        require(self.size > 0, f"{source}: pieces", self.size, "expected a SentencePiece model")
+        expect(self.size > 0, f"{source}: pieces", self.size, "a SentencePiece model")
         ids = range(self.size)
         self._pieces = {processor.id_to_piece(id): id for id in ids}
         self.raw_byte_ids = frozenset(id for id in ids if processor.is_byte(id))
@@ -83,10 +83,8 @@ class SentencePieceBackend(SpelledBackend):
         piece = self._pieces.get(spelling)
         old = next((name for name, one in tokens.items() if one.id == token.id), None)
         fits = piece == token.id or (piece is None and (token.id >= self.size or old is not None))
-        expected = (
-            f"expected an id of {self.size} or more" if piece is None else f"expected {piece}"
-        )
-        require(fits, f"{self._source}: id of {spelling!r}", token.id, expected)
+        expected = f"an id of {self.size} or more" if piece is None else str(piece)
+        expect(fits, f"{self._source}: id of {spelling!r}", token.id, expected)
         if old is not None:
             del tokens[old]
         if piece is None or (token.control and token.id != self.unk_id):

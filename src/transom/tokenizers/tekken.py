@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.tokenizers.backend import AddedToken
 from transom.tokenizers.byte_pairs import BytePairBackend, add_rank
 
@@ -31,8 +31,8 @@ def tekken_backend(data: dict[str, Any], source: str) -> BytePairBackend:
     added = {name: AddedToken(id) for id, name in enumerate(_control(data, count, version, source))}
     vocabulary = _entry(data, "vocab", list, source)
     least, most = count + 256, count + len(vocabulary)
-    expected = f"expected {least} to {most}: control tokens and entries of `vocab`"
-    require(least <= size <= most, f"{source}: default_vocab_size", size, expected)
+    expected = f"{least} to {most}: control tokens and entries of `vocab`"
+    expect(least <= size <= most, f"{source}: default_vocab_size", size, expected)
     return BytePairBackend(
         _ranks(vocabulary[: size - count], source),
         _entry(config, "pattern", str, where),
@@ -54,24 +54,24 @@ def _control(data: dict[str, Any], count: int, version: str, source: str) -> lis
     if entries is None:
         number = version.removeprefix("v")
         old = number.isdigit() and int(number) <= LAST_UNNAMED_VERSION
-        require(old, where, None, f"expected a list of them in version {version}")
+        expect(old, where, None, f"a list of them in version {version}")
         names = list(UNNAMED)
     else:
-        require(isinstance(entries, list), where, entries, "expected a list")
+        expect(isinstance(entries, list), where, entries, "a list")
         names = [_entry(entry, "token_str", str, where) for entry in entries]
         ranks = [_entry(entry, "rank", int, where) for entry in entries]
         ordered = ranks == list(range(len(ranks)))
-        require(
+        expect(
             ordered,
             f"{source}: ranks of special_tokens",
             ranks,
-            "expected 0, 1, 2, ... in this order",
+            "0, 1, 2, ... in this order",
         )
-    expected = f"expected the number of special_tokens ({len(names)}) or more"
-    require(len(names) <= count, f"{source}: default_num_special_tokens", count, expected)
+    expected = f"the number of special_tokens ({len(names)}) or more"
+    expect(len(names) <= count, f"{source}: default_num_special_tokens", count, expected)
     names += [f"<SPECIAL_{id}>" for id in range(len(names), count)]
     twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
-    require(twice is None, where, twice, "expected each name once")
+    expect(twice is None, where, twice, "each name once")
     return names
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.files import json_object
 from transom.tokenizers.backend import AddedToken
 
@@ -70,16 +70,16 @@ class TokenFiles:
         """The entries of `added_tokens_decoder` by id, with the flags that they state."""
         where = f"{self.folder / CONFIG_FILE}: {DECODER}"
         entries = self.config.get(DECODER) or {}
-        require(isinstance(entries, dict), where, entries, "expected a JSON object")
+        expect(isinstance(entries, dict), where, entries, "a JSON object")
         for id, entry in entries.items():
             right = (
                 id.isdigit() and isinstance(entry, dict) and isinstance(entry.get("content"), str)
             )
-            require(
+            expect(
                 right,
                 f"{where}: {id}",
                 entry,
-                "expected a token id with an object that has `content`",
+                "a token id with an object that has `content`",
             )
         return {
             int(id): {**_flags(entry), "content": entry["content"]} for id, entry in entries.items()
@@ -90,7 +90,7 @@ class TokenFiles:
         """The entries of added_tokens.json by id; those with a role in another file are special."""
         for spelling, id in self.ids.items():
             right = type(id) is int and id >= 0
-            require(right, f"{self.folder / ADDED_FILE}: {spelling}", id, "expected a token id")
+            expect(right, f"{self.folder / ADDED_FILE}: {spelling}", id, "a token id")
         special = {spelling_of(one) for one in (*_tokens(self.specials), *_tokens(self.config))}
         return {
             id: {

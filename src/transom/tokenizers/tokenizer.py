@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.tokenizers.backend import AddedToken, TokenizerBackend, in_threads
 from transom.tokenizers.fast import FastBackend
 from transom.tokenizers.folder import TOKENIZER_FILE, read_folder
@@ -71,7 +71,7 @@ class Tokenizer:
         self._named = {"bos": bos, "eos": eos, "pad": pad}
         for name, token in self._named.items():
             known = token is None or backend.token_to_id(token) is not None
-            require(known, name, token, "expected a token of the vocabulary")
+            expect(known, name, token, "a token of the vocabulary")
         self.bos_id, self.eos_id, self.pad_id = (
             None if token is None else backend.token_to_id(token) for token in (bos, eos, pad)
         )
@@ -127,8 +127,8 @@ class Tokenizer:
 
     def _edge(self, name: str, wanted: bool, id: int | None, there: bool) -> list[int]:
         """Return the id that is added before or after a text, if it is wanted and not there."""
-        expected = f"expected False, since this tokenizer has no {name.upper()} token"
-        require(not wanted or id is not None, f"add_{name}", True, expected)
+        expected = f"False, since this tokenizer has no {name.upper()} token"
+        expect(not wanted or id is not None, f"add_{name}", True, expected)
         return [id] if wanted and id is not None and not there else []
 
     def encode_prompt(
@@ -158,10 +158,10 @@ class Tokenizer:
         if allowed_special == "all":
             return self._all
         listed = not isinstance(allowed_special, str)
-        require(listed, "allowed_special", allowed_special, "expected all or a list of tokens")
+        expect(listed, "allowed_special", allowed_special, "all or a list of tokens")
         unknown = [one for one in allowed_special if one not in self.special_tokens]
-        expected = f"expected some of the {len(self.special_tokens)} special tokens, or all"
-        require(not unknown, "allowed_special", unknown, expected)
+        expected = f"some of the {len(self.special_tokens)} special tokens, or all"
+        expect(not unknown, "allowed_special", unknown, expected)
         known = self._backend.added.items()
         return _pattern({s: one for s, one in known if s in allowed_special or not one.control})
 
@@ -191,8 +191,8 @@ class Tokenizer:
         """Yield control tokens outside of `protected`, and plain ones inside or outside."""
         place = 0
         for start, stop in [*sorted(protected), (len(text), len(text))]:
-            expected = f"expected spans of the {len(text)} characters, none in another"
-            require(place <= start <= stop <= len(text), "protected", (start, stop), expected)
+            expected = f"spans of the {len(text)} characters, none in another"
+            expect(place <= start <= stop <= len(text), "protected", (start, stop), expected)
             yield from pattern.finditer(text, place, start)
             if self._plain is not None:
                 yield from self._plain.finditer(text, start, stop)
@@ -218,8 +218,8 @@ class Tokenizer:
         ids = [int(id) for id in ids]
         # Libraries leave out an id that they do not know, without a notice, or fail.
         unknown = next((id for id in ids if id < 0 or self.id_to_token(id) is None), None)
-        expected = f"expected ids below {self.vocab_size} that have a token"
-        require(unknown is None, "token id", unknown, expected)
+        expected = f"ids below {self.vocab_size} that have a token"
+        expect(unknown is None, "token id", unknown, expected)
         skipped = self.special_ids if skip_special else frozenset()
         return self._backend.decode([id for id in ids if id not in skipped])
 

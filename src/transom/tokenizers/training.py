@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.interrupts import Background
 from transom.tokenizers.fast import FastBackend, mark_special
 from transom.tokenizers.llama import LLAMA3_WORDS
@@ -40,8 +40,8 @@ def train_bpe(
         RequestError: If the texts are too small for that many merges.
     """
     smallest = 256 + len(special_tokens)
-    expected = f"expected {smallest} (256 bytes and the specials) or more"
-    require(vocab_size >= smallest, "vocab_size", vocab_size, expected)
+    expected = f"{smallest} (256 bytes and the specials) or more"
+    expect(vocab_size >= smallest, "vocab_size", vocab_size, expected)
     backend = tokenizers.Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -57,8 +57,8 @@ def train_bpe(
     _train(backend, texts, trainer)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     reached = backend.get_vocab_size()
-    expected = f"expected at most {reached}, which is all that this text supports"
-    require(reached == vocab_size, "vocab_size", vocab_size, expected)
+    expected = f"at most {reached}, which is all that this text supports"
+    expect(reached == vocab_size, "vocab_size", vocab_size, expected)
     return _finished(backend, special_tokens)
 
 
@@ -87,7 +87,7 @@ def train_chars(texts: Iterable[str], special_tokens: Sequence[str] = SPECIAL_TO
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
-    require(bool(characters), "texts", "", "expected at least one character")
+    expect(bool(characters), "texts", "", "at least one character")
     tokens = [*special_tokens, UNKNOWN_TOKEN, *sorted(characters)]
     vocabulary = {token: id for id, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
@@ -108,8 +108,8 @@ def byte_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
 
 def _finished(backend: tokenizers.Tokenizer, special_tokens: Sequence[str]) -> Tokenizer:
     """Return the tokenizer. Other programs that read its file add BOS, as with Llama 3."""
-    expected = "expected two or more: BOS, EOS, others"
-    require(len(special_tokens) >= 2, "special_tokens", tuple(special_tokens), expected)
+    expected = "two or more: BOS, EOS, others"
+    expect(len(special_tokens) >= 2, "special_tokens", tuple(special_tokens), expected)
     mark_special(backend, special_tokens)
     bos, eos = special_tokens[:2]
     begin = (bos, backend.token_to_id(bos))

@@ -10,7 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.base.fields import SEED, check_bounds, describe, read, type_at, write
 from transom.base.yaml_files import read_yaml, word_value
 from transom.config.layer_args import HeadArgs
@@ -37,7 +37,7 @@ class TokenizerArgs:
 
     def __post_init__(self) -> None:
         fits = (self.path is not None) == (self.kind == "file")
-        require(fits, "path", self.path, "expected a path with kind = file, and only then")
+        expect(fits, "path", self.path, "a path with kind = file, and only then")
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,14 @@ class DataArgs:
             RequestError: If there is none, or two of them have one name.
         """
         given = (self.sources,) if isinstance(self.sources, str) else self.sources
-        expected = "expected at least one file, folder or glob"
-        require(len(given) > 0, "data.sources", list(given), expected)
+        expect(len(given) > 0, "data.sources", list(given), "at least one file, folder or glob")
         sources = [
             read(SourceArgs, {"path": one}, "data.sources") if isinstance(one, str) else one
             for one in given
         ]
         labels = [source.label for source in sources]
         twice = next((label for label in labels if labels.count(label) > 1), None)
-        expected = "expected one entry for each name or path"
-        require(twice is None, "data.sources", twice, expected)
+        expect(twice is None, "data.sources", twice, "one entry for each name or path")
         return sources
 
 
@@ -203,19 +201,19 @@ class TrainArgs:
         fits = not self.short_rows or length % self.short_rows_split == 0
         self._expect(fits, "short_rows_split", f"a divisor of data.seq_len = {length}")
         fits = self.finetune is None or self.base is not None
-        require(fits, "finetune", "given", "expected null without base")
+        expect(fits, "finetune", "given", "null without base")
         if self.base is None:
             self.check_model(self.model_args(vocab_size=None))
             return
         self._expect(self.model == "demo", "model", "no value with base, which is the model")
         plain = self.tokenizer == TokenizerArgs()
-        require(plain, "tokenizer", "given", "expected no value with base, which has its own")
+        expect(plain, "tokenizer", "given", "no value with base, which has its own")
         fits = self.finetune is None or not self.short_rows
         self._expect(fits, "short_rows", "0 with finetune: a row contains whole examples")
 
     def _expect(self, fits: bool, field: str, expected: str) -> None:
         """Raise a `RequestError` about a dotted field unless `fits`."""
-        require(fits, field, attrgetter(field)(self), f"expected {expected}")
+        expect(fits, field, attrgetter(field)(self), expected)
 
     def check_model(self, args: ModelArgs) -> None:
         """Refuse settings that don't fit a model, the config's own or that of `base`."""
@@ -226,10 +224,10 @@ class TrainArgs:
             self._check_head(args.head)
             return
         causal = all(layer.rule.kind != "full" for layer in args.layers)
-        expected = "expected causal layers without model.head: others see the tokens to predict"
-        require(causal, "model.layer_pattern", args.pattern, expected)
+        expected = "causal layers without model.head: others see the tokens to predict"
+        expect(causal, "model.layer_pattern", args.pattern, expected)
         context = args.context_dim
-        require(context is None, "model.context_dim", context, "expected null: rows are text")
+        expect(context is None, "model.context_dim", context, "null: rows are text")
 
     def check_ranks(self, parallel: ParallelArgs, model: ModelArgs | None = None) -> None:
         """Refuse ranks that the batch or the model cannot be divided over.
@@ -245,8 +243,8 @@ class TrainArgs:
             if self.finetune is None and model.head is None:
                 size = self.data.rows_per_step
         shares = self.accumulate * parallel.rows
-        expected = f"expected a multiple of accumulate x ranks = {shares}"
-        require(size is None or size % shares == 0, "data.batch_size", size, expected)
+        expected = f"a multiple of accumulate x ranks = {shares}"
+        expect(size is None or size % shares == 0, "data.batch_size", size, expected)
 
     def _check_head(self, head: HeadArgs) -> None:
         self._expect(not self.short_rows, "short_rows", "0 with model.head: a row is a text")
@@ -270,8 +268,8 @@ class TrainArgs:
         if vocab_size is not None:
             size = given.setdefault("vocab_size", vocab_size)
             fits = isinstance(size, int) and size >= vocab_size
-            expected = f"expected at least the {vocab_size} tokens of the tokenizer"
-            require(fits, "model.vocab_size", size, expected)
+            expected = f"at least the {vocab_size} tokens of the tokenizer"
+            expect(fits, "model.vocab_size", size, expected)
         try:
             return preset(name, **given) if name is not None else ModelArgs.from_dict(given)
         except RequestError as error:

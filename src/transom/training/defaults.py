@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.data.chat.packing import first_fit_decreasing
 from transom.planning.tables import counted
 from transom.training.config import DEFAULT_ROWS, TrainArgs
@@ -92,8 +92,8 @@ def choose_rows(
         size = -(-size // shares) * shares
     size = min(size, max(rows // shares, 1) * shares)
     # kto compares every answer with that of another row.
-    fits, expected = objective != "kto" or size >= 2 * ranks, "expected 2 or more on each rank"
-    require(fits, "data.batch_size", size, f"{expected} with kto")
+    fits = objective != "kto" or size >= 2 * ranks
+    expect(fits, "data.batch_size", size, "2 or more on each rank with kto")
     steps = args.steps if epochs is None else steps_of(rows, size, epochs)
     chosen = {
         f"data.batch_size = {size}": size != batch_size,

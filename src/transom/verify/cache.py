@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice
 from transom.cache import store
 from transom.cache.model_cache import ModelCache
 from transom.cache.prefix import PrefixCache
@@ -75,11 +75,11 @@ def check(
         tokens: Run that many tokens through a model with windows instead; see `endless.check`.
     """
     if tokens is not None:
-        require(model is None, "model", model, "expected none with --tokens")
+        expect(model is None, "model", model, "none with --tokens")
         yield from endless.check(tokens)
         return
     if full and model is not None:
-        require(has_weights(model), "--full", model, "expected a model folder or hub id")
+        expect(has_weights(model), "--full", model, "a model folder or hub id")
         yield from compare_full_size(load(model, device=device, dtype=dtype), model, length)
         return
     for name, args in small_models(model, ("mixed", "llama4", "deepseek"), context=True):
@@ -108,8 +108,7 @@ def compare_full_size(model: LLM, name: str, length: int | None = None) -> Itera
     check_language_model(model.args)
     longest = model.args.max_seq_len
     length = min(longest, 2 * store.BUCKET + 16) if length is None else length
-    expected = f"expected 2 to max_seq_len = {longest}"
-    require(2 <= length <= longest, "--length", length, expected)
+    expect(2 <= length <= longest, "--length", length, f"2 to max_seq_len = {longest}")
     for span in sorted({layer.rule.size for layer in model.args.layers}):
         if span >= length:
             notice(f"{name}: --length {length} does not exceed windows or chunks of {span} tokens")

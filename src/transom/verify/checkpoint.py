@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.base.files import read_json
 from transom.base.runtime import DTYPES
 from transom.chat import built_in
@@ -113,7 +113,7 @@ def compare_folder(
     Raises:
         RequestError: If there is no model, or if `length` or `dtype` does not fit.
     """
-    require(dtype in DTYPES, "--dtype", dtype, f"expected one of {', '.join(DTYPES)}")
+    expect(dtype in DTYPES, "--dtype", dtype, f"one of {', '.join(DTYPES)}")
     location, name = find_model(folder), str(folder) if name is None else name
     if location.adapter is not None:
         notice(f"{name}: an adapter, which is merged into its base and then compared")
@@ -123,7 +123,7 @@ def compare_folder(
         return
     args = read_args(location.model)
     fits = length is None or 2 <= length <= args.max_seq_len
-    require(fits, "--length", length, f"expected 2 to max_seq_len = {args.max_seq_len}")
+    expect(fits, "--length", length, f"2 to max_seq_len = {args.max_seq_len}")
     keys = "every key = one parameter"
     try:
         files = open_folder(location.model, name, args)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from transom.base.errors import nearest, require
+from transom.base.errors import expect, nearest, require
 
 if TYPE_CHECKING:
     from transom.verify.findings import Finding
@@ -126,8 +126,8 @@ def run(name: str, **options: Any) -> Iterator[Finding]:
     Raises:
         RequestError: If there is no such check, or if an option does not belong to it.
     """
-    expected = f"expected one of {', '.join(CHECKS)}{nearest(str(name), CHECKS)}"
-    require(name in CHECKS, "verify", name, expected)
+    expected = f"one of {', '.join(CHECKS)}{nearest(str(name), CHECKS)}"
+    expect(name in CHECKS, "verify", name, expected)
     check = CHECKS[name]
     given = {key: value for key, value in options.items() if value not in (None, False)}
     for option, value in given.items():

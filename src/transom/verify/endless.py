@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from transom.attention.reference import reference
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.runtime import resident_bytes
 from transom.config.model_args import ModelArgs
 from transom.inference.decode_args import DecodeArgs
@@ -35,7 +35,7 @@ def check(tokens: int) -> Iterator[Finding]:
     Raises:
         RequestError: There are fewer than `LEAST` tokens.
     """
-    require(tokens >= LEAST, "--tokens", tokens, f"expected {LEAST:,} or more")
+    expect(tokens >= LEAST, "--tokens", tokens, f"{LEAST:,} or more")
     args = ModelArgs.from_dict({**BASE, "max_seq_len": 4096, "sliding_window": WINDOW})
     model, count = sample_model(args, dtype=torch.float32), min(DECODED, tokens // 2)
     prompt, cache = random_tokens(args, 1, tokens - count)[0].tolist(), model.make_cache(1)

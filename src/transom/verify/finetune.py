@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice, require
 from transom.checkpoints.load import load
 from transom.checkpoints.open_model import open_text
 from transom.checkpoints.read_args import read_args
@@ -129,7 +129,7 @@ def compare_folder(name: str, data: str | None = None) -> Iterator[Finding]:
     """
     folder = whole_model(name)
     head = read_args(folder).head
-    require(head is None, "head", head, "expected a language model")
+    expect(head is None, "head", head, "a language model")
     text, model = open_text(folder), load(folder, dtype="float32")
     examples = examples_of(CHATS, "conversation") if data is None else [*read_examples(data)]
     if len(examples) > MOST_EXAMPLES:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transom.attention.backends import BACKENDS, auto, refusal
 from transom.attention.mask import MaskSpec
 from transom.attention.view import CacheView, ScoreArgs
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice
 from transom.checkpoints.load import load
 from transom.data.batch import NO_TARGET
 from transom.models.llm import LLM
@@ -81,7 +81,7 @@ def compare_policies(models: Iterable[tuple[str, LLM]]) -> Iterator[Finding]:
     """
     declined: dict[str, str] = {}
     for name, model in models:
-        require(model.args.head is None, "head", model.args.head, "expected a language model")
+        expect(model.args.head is None, "head", model.args.head, "a language model")
         for (precision, weights, products), backend in product(PRECISIONS, BACKENDS):
             model.to(weights)
             model.attend = attend = Preferred(backend)

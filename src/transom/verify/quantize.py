@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice
 from transom.base.files import read_json
 from transom.checkpoints.files.layout import CONFIG, weight_files
 from transom.checkpoints.files.location import find_model
@@ -78,8 +78,8 @@ def check(model: str | None = None) -> Iterator[Finding]:
         folder = find_model(model).model
         stated = stated_quantization(folder)
         method = "dense weights" if stated is None else stated.method
-        expected = "expected a folder in the layout of gptq or fp8"
-        require(method in ("gptq", "fp8"), f"{model}: quantization", method, expected)
+        expected = "a folder in the layout of gptq or fp8"
+        expect(method in ("gptq", "fp8"), f"{model}: quantization", method, expected)
         with quiet():
             made = load(folder, dtype="float32")
         if method == "gptq":

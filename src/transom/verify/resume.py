@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.files import read_json
 from transom.training.config import TrainArgs
 from transom.training.loop.setup import open_run
@@ -37,12 +37,12 @@ def check(model: str | None = None, *, steps: int = STEPS) -> Iterator[Finding]:
     Raises:
         RequestError: If the run is one of fine-tuning, or if there are fewer than three steps.
     """
-    expected = "expected 3 or more, since two interruptions need a step before and after each"
-    require(steps >= 3, "--steps", steps, expected)
+    expected = "3 or more, since two interruptions need a step before and after each"
+    expect(steps >= 3, "--steps", steps, expected)
     args = None if model is None else run_args(model)
     if args is not None:
-        expected = "expected a run that trains a model; `verify finetune` resumes fine-tuning"
-        require(args.finetune is None, "finetune", "settings", expected)
+        expected = "a run that trains a model; `verify finetune` resumes fine-tuning"
+        expect(args.finetune is None, "finetune", "settings", expected)
     with temporary_corpus() as folder:
         built_in = tiny_run(folder, "run", steps=steps, ema_decay=0.9)
         run = built_in if args is None else small_run(args, folder, steps)

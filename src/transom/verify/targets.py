@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.fields import field_types
 from transom.base.yaml_files import read_yaml
 from transom.checkpoints.describe_model import describe_model
@@ -77,5 +77,5 @@ def _fields(path: Path) -> dict[str, Any]:
         RequestError: If the file is empty or is not a mapping.
     """
     fields = read_yaml(path)
-    require(bool(fields), str(path), None, "expected a mapping of fields")
+    expect(bool(fields), str(path), None, "a mapping of fields")
     return fields

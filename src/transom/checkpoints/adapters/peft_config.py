@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from transom.base import fields
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice, require
 from transom.base.files import read_json, refuse_infinite, safetensors_header
 from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from transom.lora.args import Scaling
@@ -55,8 +55,8 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         plain = self.init_lora_weights in (True, False, "gaussian", "eva", "orthogonal", "mica")
-        expected = "expected plain LoRA (path_initial_model_for_weight_conversion in PEFT)"
-        require(plain, "init_lora_weights", self.init_lora_weights, expected)
+        expected = "plain LoRA (path_initial_model_for_weight_conversion in PEFT)"
+        expect(plain, "init_lora_weights", self.init_lora_weights, expected)
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(pattern)
@@ -128,7 +128,7 @@ def base_revision(folder: str | Path) -> str | None:
     """
     revision: str | None = _field(folder, "revision")
     where, right = f"{Path(folder) / ADAPTER_CONFIG}: revision", isinstance(revision, str | None)
-    require(right, where, revision, "expected a branch, tag or commit, or null")
+    expect(right, where, revision, "a branch, tag or commit, or null")
     return revision
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice, require
 from transom.base.files import read_json
 from transom.checkpoints.adapters.foreign_leaves import (
     MISTRAL,
@@ -125,7 +125,7 @@ def _mistral_parts(model: LLM, folder: Path, scaling: float | None) -> AdapterPa
             f"{path}: no {PARAMS} states the scaling; {scaling} is used, as in mistral-inference"
         )
     number = isinstance(scaling, int | float) and not isinstance(scaling, bool)
-    require(number, f"{params}: lora.scaling", scaling, "expected a number")
+    expect(number, f"{params}: lora.scaling", scaling, "a number")
     config = PeftConfig("LORA", r=None, lora_alpha=float(scaling))
     return _parts([Naming(MISTRAL, model)], path, config, "direct")
 
@@ -215,8 +215,8 @@ class AdapterFile:
         """
         naming, sites = self.naming, [site_of(key) for key in weight.foreign]
         each = {self.config.rank_and_alpha(naming.spellings(site)) for site in sites}
-        expected = "expected one rank and one alpha for all experts of a layer"
-        require(len(each) == 1, f"{self.where}: {sites[0]}", len(each), expected)
+        expected = "one rank and one alpha for all experts of a layer"
+        expect(len(each) == 1, f"{self.where}: {sites[0]}", len(each), expected)
         a, b = (row.foreign[0] for row in rows[:2])
         if is_parameter(weight) and a in self._source and b in self._source:
             both = (self._source[key].read() for key in (a, b))
@@ -226,8 +226,8 @@ class AdapterFile:
         shape = self._source[a].shape if a in self._source else ()
         own = shape[-2] if len(shape) >= 2 + is_parameter(weight) else 0  # 0: reported by `to_ours`
         rank = own if rank is None else rank
-        expected = f"expected {rank}, as in the config"
-        require(own in (0, rank), f"{self.where}: {sites[0]}: rank", own, expected)
+        expected = f"{rank}, as in the config"
+        expect(own in (0, rank), f"{self.where}: {sites[0]}: rank", own, expected)
         return rank, alpha
 
     def _shapes_of_whole(self, tokens: int) -> dict[str, Shape]:

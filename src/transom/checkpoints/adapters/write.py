@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice, require
 from transom.base.files import read_json, write_text
 from transom.checkpoints.adapters.foreign_leaves import (
     MISTRAL,
@@ -75,9 +75,9 @@ def save_adapter(
         RequestError: There is no such adapter, or the format cannot hold it.
         WorkError: The files could not be written.
     """
-    require(format in ("peft", "mistral"), "format", format, "expected peft or mistral")
+    expect(format in ("peft", "mistral"), "format", format, "peft or mistral")
     names, here = adapter_names(model), Path(folder)
-    require(name in names, "adapter", name, f"expected {', '.join(names) or 'a model with one'}")
+    expect(name in names, "adapter", name, f"{', '.join(names) or 'a model with one'}")
     lora: dict[str, LoraWeights] = {}
     whole: Tensors = {}
     for path, _, adapters in adapted_modules(model):
@@ -130,7 +130,7 @@ def _naming(model: LLM, lora: Lora, family: str | None) -> Naming:
     read_with = (part.family for part in lora.values() if part.family not in (None, MISTRAL))
     family = family or next(read_with, None) or next(iter(fitting))
     known = fitting if family in FAMILIES else FAMILIES
-    require(family in fitting, "family", family, f"expected for this model: {', '.join(known)}")
+    expect(family in fitting, "family", family, f"for this model: {', '.join(known)}")
     return fitting[family]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.checkpoints.families.foreign_config import ForeignConfig
 from transom.checkpoints.families.same_model import same_model
 from transom.checkpoints.families.weights import WeightNames
@@ -117,7 +117,7 @@ def value_at(args: ModelArgs, path: str) -> Any:
     if part == "moe_args":
         return getattr(resolved_experts(args), name)
     owner = getattr(args, part) if part else args
-    require(owner is not None, part, None, "expected a value")
+    expect(owner is not None, part, None, "a value")
     return getattr(owner, name)
 
 
@@ -203,9 +203,7 @@ def ignored(*keys: str) -> Option:
 def refused(**reasons: str) -> Option:
     """Return an option that refuses keys that are on, each for its reason."""
     return _checked(
-        lambda config, key, reason: config.check(
-            not config.get(key), key, f"expected none, as {reason}"
-        ),
+        lambda config, key, reason: config.check(not config.get(key), key, f"none, as {reason}"),
         reasons,
     )
 

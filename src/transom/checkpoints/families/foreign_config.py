@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.base.files import refuse_infinite
 from transom.config.model_args import ModelArgs
 
@@ -77,7 +77,7 @@ class ForeignConfig:
         supported one.
         """
         words = " or ".join(repr(value) for value in supported)
-        self.check(self.get(key, supported[0]) in supported, key, f"expected {words}")
+        self.check(self.get(key, supported[0]) in supported, key, words)
 
     def note_ignored(self, key: str) -> None:
         """Note a key that is on in the file although transformers ignores it in this family."""
@@ -96,13 +96,13 @@ class ForeignConfig:
 
     def check(self, condition: bool, key: str, expected: str) -> None:
         """Raise `RequestError` with the key and its value unless `condition` holds."""
-        require(condition, f"{self.where}: {key}", self.get(key), expected)
+        expect(condition, f"{self.where}: {key}", self.get(key), expected)
 
     def refuse_quantized(self, key: str, kind: str) -> None:
         """Raise `RequestError` if `key` states a quantization, which its own key `kind` names."""
         value = self.get(key)
         name = value.get(kind, value) if isinstance(value, Mapping) else value
-        require(not value, f"{self.where}: {key}", name, "expected weights that are not quantized")
+        expect(not value, f"{self.where}: {key}", name, "weights that are not quantized")
 
     def model(self, read: Callable[[ForeignConfig], dict[str, Any]], format: str) -> ModelArgs:
         """Return the model with the fields that `read` returns for this config, by dotted path.
@@ -128,7 +128,7 @@ class ForeignConfig:
     def part(self, key: str, defaults: Mapping[str, Any]) -> ForeignConfig:
         """Return a nested config such as `text_config`; its notes are printed with the others."""
         value = self[key]
-        self.check(isinstance(value, Mapping), key, "expected a mapping")
+        self.check(isinstance(value, Mapping), key, "a mapping")
         self._parts.append(ForeignConfig(value, f"{self.where}: {key}", defaults))
         return self._parts[-1]
 

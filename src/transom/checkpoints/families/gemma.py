@@ -106,7 +106,7 @@ def _read_two_ropes(config: ForeignConfig) -> Fields:
     config.check(
         known,
         "rope_parameters",
-        "expected one mapping for full_attention and one for sliding_attention",
+        "one mapping for full_attention and one for sliding_attention",
     )
     full = {**(tables.get("full_attention") or {}), **config.get("rope_scaling", {})}
     full.setdefault("rope_theta", config["rope_theta"])
@@ -115,7 +115,7 @@ def _read_two_ropes(config: ForeignConfig) -> Fields:
         **(tables.get("sliding_attention") or {}),
     }
     plain = local.get("rope_type", "default") == "default"
-    config.check(plain, "rope_parameters", "expected rope_type 'default' in sliding_attention")
+    config.check(plain, "rope_parameters", "rope_type 'default' in sliding_attention")
     out = check_whole_rotary(config, rope_fields(config, full))
     windows = _WINDOWS.read(config)
     return {

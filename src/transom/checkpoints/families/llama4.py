@@ -147,9 +147,7 @@ def _read_layers(config: ForeignConfig) -> Fields:
     # In this list 1 means rotary positions and 0 means none; an empty or missing one follows the
     # interval.
     rotary = config.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(layers)]
-    config.check(
-        len(rotary) >= layers, "no_rope_layers", f"expected one number per layer ({layers})"
-    )
+    config.check(len(rotary) >= layers, "no_rope_layers", f"one number per layer ({layers})")
     rotary = [bool(flag) for flag in rotary[:layers]]
     letters = layer_letters(
         config,
@@ -208,11 +206,11 @@ def _read_encoder(config: ForeignConfig) -> Fields:
     for key, size in (("intermediate_size", width), *((key, output) for key in _OUTPUTS)):
         config.expect(key, size)
     theta = rope_fields(config, rope_settings(config))
-    config.check(list(theta) == ["rope_theta"], "rope_parameters", "expected rope_type 'default'")
+    config.check(list(theta) == ["rope_theta"], "rope_parameters", "rope_type 'default'")
     out = {"vision_args.rope_theta": theta["rope_theta"]}
     for key in ("image_size", "patch_size"):
         sides = config[key] if isinstance(config[key], (list, tuple)) else [config[key]]
-        config.check(len(set(sides)) == 1, key, "expected a square")
+        config.check(len(set(sides)) == 1, key, "a square")
         out[f"vision_args.{key}"] = sides[0]
     return out
 
@@ -253,7 +251,7 @@ _ENCODER = (
 def _read_with_vision(config: ForeignConfig) -> Fields:
     text, vision = config.part("text_config", _TEXT), config.part("vision_config", _VISION)
     token = config.get("image_token_index", config.get("image_token_id"))
-    config.check(token is not None, "image_token_index", "expected the id of a token")
+    config.check(token is not None, "image_token_index", "the id of a token")
     fields = {
         **LLAMA4_TEXT.read(text),
         **read_all(_ENCODER, vision),

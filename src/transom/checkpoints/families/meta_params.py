@@ -208,7 +208,7 @@ def _read_vision(config: ForeignConfig) -> Fields:
     for key in _SIDES:
         size = vision[key]
         square = isinstance(size, Mapping) and size.get("height") == size.get("width")
-        vision.check(square, key, "expected the height and width of a square")
+        vision.check(square, key, "the height and width of a square")
         out[f"vision_args.{key}"] = int(size["height"])
     return out
 

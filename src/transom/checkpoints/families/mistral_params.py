@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.checkpoints.families.family import (
     Family,
     Fields,
@@ -78,8 +78,9 @@ def _windows(config: ForeignConfig) -> Fields:
     if not isinstance(window, list):
         return {"sliding_window": window}
     sizes = {size for size in window if size is not None}
-    field, expected = f"{config.where}: sliding_window", "expected one size, and null for layers"
-    require(len(sizes) <= 1 and bool(window), field, window, f"{expected} without")
+    field = f"{config.where}: sliding_window"
+    expected = "one size, and null for layers without"
+    expect(len(sizes) <= 1 and bool(window), field, window, expected)
     letters = ["F" if window[i % len(window)] is None else "S" for i in range(config["n_layers"])]
     return window_fields(letters, next(iter(sizes), None))
 
@@ -89,7 +90,7 @@ def _experts(config: ForeignConfig) -> Fields:
     if moe is None:
         return {}
     known = isinstance(moe, Mapping) and set(moe) == {"num_experts", "num_experts_per_tok"}
-    config.check(known, "moe", "expected num_experts and num_experts_per_tok")
+    config.check(known, "moe", "num_experts and num_experts_per_tok")
     return {
         "moe_args.num_experts": moe["num_experts"],
         "moe_args.top_k": moe["num_experts_per_tok"],

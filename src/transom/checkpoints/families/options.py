@@ -94,9 +94,7 @@ def uniform_window(switch: bool = False) -> Option:
             window = None
         kind = "full_attention" if window is None else "sliding_attention"
         alike = all(one == kind for one in config.get("layer_types", []))
-        config.check(
-            alike, "layer_types", f"expected {kind} in all layers, as sliding_window = {window}"
-        )
+        config.check(alike, "layer_types", f"{kind} in all layers, as sliding_window = {window}")
         return {"sliding_window": window}
 
     def write(args: ModelArgs) -> Keys:
@@ -111,7 +109,8 @@ def layer_letters(
 ) -> list[str]:
     """Return the letter of each layer; `kind` tells what a layer is in a file without a list."""
     kinds = config.get("layer_types") or map(kind, range(config["num_hidden_layers"]))
-    kinds, expected = list(kinds), f"expected {' or '.join(letters)} in each layer"
+    kinds = list(kinds)
+    expected = f"{' or '.join(letters)} in each layer"
     config.check(set(kinds) <= set(letters), "layer_types", expected)
     return [letters[one] for one in kinds]
 
@@ -129,7 +128,7 @@ def read_windows(config: ForeignConfig, is_full: Callable[[int], bool]) -> Field
     )
     window = config["sliding_window"]
     fits = window is not None or "S" not in letters
-    config.check(fits, "sliding_window", "expected a number, as layer_types has sliding layers")
+    config.check(fits, "sliding_window", "a number, as layer_types has sliding layers")
     return window_fields(letters, window)
 
 
@@ -169,7 +168,7 @@ def experts(width: str) -> Option:
     def read(config: ForeignConfig) -> Fields:
         other = config.get("num_experts")
         count = config.get("num_local_experts") or other
-        config.check(count is not None, "num_local_experts", "expected a number of experts")
+        config.check(count is not None, "num_local_experts", "a number of experts")
         return {
             "moe_args.num_experts": count,
             "moe_args.top_k": config["num_experts_per_tok"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transom.base.errors import require
+from transom.base.errors import expect, require
 from transom.base.fields import write
 from transom.checkpoints.families.family import Fields, Keys, Option
 from transom.checkpoints.families.foreign_config import ForeignConfig
@@ -49,7 +49,7 @@ def rope_settings(config: ForeignConfig) -> dict[str, Any]:
     # Where a file has both, transformers takes all from the older one.
     settings = dict(older or newer)
     alike = not any(isinstance(value, Mapping) for value in settings.values())
-    config.check(alike, "rope_parameters", "expected one mapping for all layers")
+    config.check(alike, "rope_parameters", "one mapping for all layers")
     for key in ("rope_theta", "partial_rotary_factor"):
         beside = config.get(key)
         if beside is not None:
@@ -67,10 +67,10 @@ def rope_fields(
     """
     kind = settings.get("rope_type", settings.get("type")) or "default"
     kind = (aliases or {"su": "longrope"}).get(kind, kind)
-    require(kind in _KEYS, f"{config.where}: rope_type", kind, f"expected {', '.join(_KEYS)}")
+    expect(kind in _KEYS, f"{config.where}: rope_type", kind, ", ".join(_KEYS))
     turned = {key: settings[key] for key in _MROPE if settings.get(key) is not None}
-    expected = "expected positions in one dimension; those in three are not supported"
-    require(not turned, f"{config.where}: rope_parameters", turned, expected)
+    expected = "positions in one dimension; those in three are not supported"
+    expect(not turned, f"{config.where}: rope_parameters", turned, expected)
     ignored = [key for key in settings if key not in _COMMON and key not in _KEYS[kind]]
     if ignored:
         config.note(f"keys that rope_type {kind!r} does not have are ignored: {', '.join(ignored)}")
@@ -94,8 +94,8 @@ def rope_fields(
     if kind in ("yarn", "longrope"):
         scaling.setdefault("factor", longest / original)
     for key in _REQUIRED:
-        field, expected = f"{config.where}: rope_parameters.{key}", f"expected a value with {kind}"
-        require(key in scaling or key not in _KEYS[kind], field, None, expected)
+        field, expected = f"{config.where}: rope_parameters.{key}", f"a value with {kind}"
+        expect(key in scaling or key not in _KEYS[kind], field, None, expected)
     if kind == "dynamic":  # the length in the file is where stretching begins, not where it ends
         out["max_seq_len"] = int(longest * scaling["factor"])
     out["rope_scaling"] = {"kind": kind, "original_max_seq_len": original, **scaling}
@@ -134,7 +134,7 @@ def check_whole_rotary(config: ForeignConfig, fields: Fields) -> Fields:
     on it.
     """
     share = fields.get("rotary_fraction", 1.0)
-    require(share == 1.0, f"{config.where}: partial_rotary_factor", share, "expected 1.0")
+    expect(share == 1.0, f"{config.where}: partial_rotary_factor", share, "1.0")
     return fields
 
 

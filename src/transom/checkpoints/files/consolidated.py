@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, WorkError, notice, require
+from transom.base.errors import RequestError, WorkError, expect, notice
 from transom.base.files import refuse_pointer
 from transom.checkpoints.files.layout import PICKLED, weight_files
 from transom.checkpoints.files.lazy_tensors import LazyTensor, TensorGroup
@@ -127,10 +127,10 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     if not zipped:
         notice(f"{path}: of a layout that cannot be mapped: all of it was read into memory")
     named, out = isinstance(state, dict), dict[str, Tensor]()
-    require(named, str(path), type(state).__name__, "expected tensors with names")
+    expect(named, str(path), type(state).__name__, "tensors with names")
     for key, value in state.items():
         right, kind = isinstance(value, Tensor | io.BytesIO), type(value).__name__
-        require(right, f"{path}: {key}", kind, "expected a tensor with a name")
+        expect(right, f"{path}: {key}", kind, "a tensor with a name")
         out[str(key)] = value.detach() if isinstance(value, Tensor) else torch.empty(0)
     return out
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice
 from transom.base.files import read_json, write_text
 from transom.checkpoints.families.foreign_config import OLDER_SETTINGS
 from transom.checkpoints.files.layout import CONFIG, GENERATION
@@ -88,7 +88,7 @@ def _stops_in(folder: Path) -> list[int] | None:
         return None
     listed = ids if isinstance(ids, list) else [ids]
     right = all(type(id) is int and id >= 0 for id in listed)
-    require(right, f"{folder}: eos_token_id", ids, "expected a token id or a list of them")
+    expect(right, f"{folder}: eos_token_id", ids, "a token id or a list of them")
     return listed
 
 
@@ -102,7 +102,7 @@ def stop_strings(location: ModelLocation) -> tuple[str, ...]:
     listed = stated if isinstance(stated, list) else [stated]
     right = all(isinstance(one, str) and one for one in listed)
     field = f"{location.model / GENERATION}: stop_strings"
-    require(right, field, stated, "expected a text or a list of texts")
+    expect(right, field, stated, "a text or a list of texts")
     return tuple(listed)
 
 

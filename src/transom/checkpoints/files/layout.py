@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.base.files import gguf_pointer, read_json
 
 Format = Literal["native", "hf", "meta", "mistral"]
@@ -144,8 +144,7 @@ def find_weights(folder: Path, name: str, config: Mapping[str, Any] | None = Non
     if explicit is not None:
         fits = isinstance(explicit, str) and Path(explicit).name == explicit
         fits = fits and explicit.removesuffix(INDEX).endswith(".safetensors")
-        field = f"{folder / CONFIG}: {EXPLICIT}"
-        require(fits, field, explicit, "expected a safetensors file or its index")
+        expect(fits, f"{folder / CONFIG}: {EXPLICIT}", explicit, "a safetensors file or its index")
         name = explicit.removesuffix(INDEX)
     index = folder / f"{name}{INDEX}"
     if explicit == name or ((folder / name).exists() and explicit is None) or not index.exists():
@@ -157,11 +156,11 @@ def _shards(folder: Path, index: Path) -> list[str]:
     found = read_json(index).get("weight_map")
     entries: dict[str, Any] = found if isinstance(found, dict) else {"": None}
     named = all(isinstance(file, str) for file in entries.values())
-    require(named, f"{index}: weight_map", found, "expected file names by tensor names")
+    expect(named, f"{index}: weight_map", found, "file names by tensor names")
     files: list[str] = sorted(set(entries.values()))
     for file in files:
         beside = Path(file).name == file and file not in ("", ".", "..")
-        require(beside, f"{index}: weight_map", file, "expected a file in the folder of the index")
+        expect(beside, f"{index}: weight_map", file, "a file in the folder of the index")
         if not (folder / file).exists():
             tensors = sum(name == file for name in entries.values())
             raise RequestError(

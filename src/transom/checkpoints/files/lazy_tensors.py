@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transom.base.errors import WorkError, require
+from transom.base.errors import WorkError, expect
 from transom.checkpoints.files.file_pieces import FilePiece
 from transom.names.transforms import Shape
 
@@ -151,5 +151,5 @@ def refuse_quantized(source: LazyTensors, where: str) -> None:
     """
     plain = ", ".join(str(dtype).removeprefix("torch.") for dtype in PLAIN_DTYPES)
     for key, lazy in source.items():
-        expected = f"expected weights that are not quantized: {plain}"
-        require(lazy.dtype in PLAIN_DTYPES, f"{where}: {key}: dtype", lazy.dtype, expected)
+        expected = f"weights that are not quantized: {plain}"
+        expect(lazy.dtype in PLAIN_DTYPES, f"{where}: {key}: dtype", lazy.dtype, expected)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from transom.base.errors import RequestError, WorkError, require
+from transom.base.errors import RequestError, WorkError, expect, require
 from transom.base.files import refuse_pointer, write_text
 from transom.checkpoints.files.file_pieces import FilePiece, SourceFile, read_piece
 from transom.checkpoints.files.layout import INDEX, WEIGHTS
@@ -114,7 +114,7 @@ def parse_size(text: str, field: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*((?:[KMG]I?)?)B?", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    require(size >= 1, field, text, "expected a size like 500MB, 5GB or 2GiB")
+    expect(size >= 1, field, text, "a size like 500MB, 5GB or 2GiB")
     return size
 
 
@@ -193,7 +193,7 @@ def _write_shard(
     start = 0
     for key, meta in shard:
         known = ", ".join(map(str, _NAMES))
-        require(meta.dtype in _NAMES, f"{path}: {key}: dtype", meta.dtype, f"expected {known}")
+        expect(meta.dtype in _NAMES, f"{path}: {key}: dtype", meta.dtype, f"{known}")
         offsets = [start, start + meta.nbytes]
         header[key] = {"dtype": _NAMES[meta.dtype], "shape": [*meta.shape], "data_offsets": offsets}
         start += meta.nbytes

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.checkpoints.gguf.reader import GgufModel
 
 # Keys after the name of the architecture, and those of config.json. `?` marks keys that need not
@@ -140,8 +140,7 @@ def architecture(model: GgufModel) -> Architecture:
         if other == kind or (other == "mmproj" and name == "clip"):
             raise RequestError(f"{where}: got {words}; expected a language model")
     known = isinstance(name, str) and name in ARCHITECTURES
-    expected = f"expected {', '.join(ARCHITECTURES)}"
-    require(known, f"{where}: general.architecture", name, expected)
+    expect(known, f"{where}: general.architecture", name, ", ".join(ARCHITECTURES))
     return ARCHITECTURES[str(name)]
 
 
@@ -165,8 +164,8 @@ def config_of(model: GgufModel) -> dict[str, Any]:
         if value is not None:
             config[name] = value
     blocks, most = config["num_hidden_layers"], len(model.tensors)
-    expected = f"expected at most {most:,}, the number of tensors"
-    require(blocks <= most, f"{values.where}block_count", blocks, expected)
+    expected = f"at most {most:,}, the number of tensors"
+    expect(blocks <= most, f"{values.where}block_count", blocks, expected)
     if "token_embd.weight" not in model.tensors:
         raise RequestError(f"{model.files[0]}: token_embd.weight: missing; expected a tensor")
     config |= {
@@ -206,8 +205,8 @@ class _Values:
         fraction = key.endswith(FRACTIONS)
         fits = type(value) is int or (fraction and type(value) is float and math.isfinite(value))
         kind = "number" if fraction else "whole number"
-        expected = f"expected a {kind} of at least 0, the same in all layers"
-        require(value is None or (fits and value >= 0), f"{self.where}{key}", value, expected)
+        expected = f"a {kind} of at least 0, the same in all layers"
+        expect(value is None or (fits and value >= 0), f"{self.where}{key}", value, expected)
         # The shortest decimal number that rounds to the float32 of the file, such as 1e-6.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
@@ -231,8 +230,8 @@ def _rope_scaling(values: _Values) -> dict[str, Any] | None:
     if "rope_freqs.weight" in values.model.tensors:
         return _llama3(values)
     kind = "longrope" if factors else kind
-    where, expected = f"{values.where}rope.scaling.type", f"expected none, {', '.join(SCALING)}"
-    require(kind == "none" or kind in SCALING, where, kind, expected)
+    where, expected = f"{values.where}rope.scaling.type", f"none, {', '.join(SCALING)}"
+    expect(kind == "none" or kind in SCALING, where, kind, expected)
     keys = SCALING.get(kind, {})
     stated = {ours: values.get(f"rope.scaling.{theirs}") for theirs, ours in keys.items()}
     if kind == "linear" and not stated["factor"]:
@@ -271,15 +270,12 @@ def llama3_divisors(theta: float, count: int, original: int, factor: float) -> l
 def _special(kind: Architecture, values: _Values, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys that follow from others in one family."""
     heads, rope = config["num_attention_heads"], config["rope_scaling"] or {}
-    require(heads > 0, f"{values.where}attention.head_count", heads, "expected 1 or more")
+    expect(heads > 0, f"{values.where}attention.head_count", heads, "1 or more")
     share, rotary = config["hidden_size"] // heads, values.get("rope.dimension_count")
     head = config.get("head_dim", share)
     if config["model_type"] != "phi3":
-        where, expected = (
-            f"{values.where}rope.dimension_count",
-            f"expected {head}, the size of a head",
-        )
-        require(rotary in (None, head), where, rotary, expected)
+        where = f"{values.where}rope.dimension_count"
+        expect(rotary in (None, head), where, rotary, f"{head}, the size of a head")
     match config["model_type"]:
         case "llama":
             return {"mlp_bias": "blk.0.ffn_up.bias" in values.model.tensors}

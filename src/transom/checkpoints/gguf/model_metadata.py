@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.checkpoints.families.foreign_config import ForeignConfig
 from transom.checkpoints.families.registry import FAMILIES, WEIGHT_NAMES
 from transom.checkpoints.families.same_model import same_model
@@ -97,8 +97,8 @@ def _check(found: GgufModel, config: Mapping[str, Any]) -> None:
     mine, again = (_args(one) for one in (config, config_of(found)))
     own, read = mine.to_dict(), again.to_dict()
     lost = [f"{key} = {one!r}" for key, one in own.items() if one != read[key]]
-    expected = f"expected hf or native, as GGUF can't state {', '.join(lost)}"
-    require(same_model(mine, again), "format", "gguf", expected)
+    expected = f"hf or native, as GGUF can't state {', '.join(lost)}"
+    expect(same_model(mine, again), "format", "gguf", expected)
 
 
 def _args(config: Mapping[str, Any]) -> ModelArgs:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Regex, pre_tokenizers
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.tokenizers.llama import LLAMA3_WORDS, LLAMA4_WORDS
 
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -164,8 +164,8 @@ def named_pre_tokenizer(name: str, field: str) -> PreTokenizer:
     Raises:
         RequestError: If the name is unknown. Another pre-tokenizer would give other token ids.
     """
-    expected = f"expected one of the {len(_BY_NAME)} names whose pre-tokenizer is known"
-    require(name in _BY_NAME, field, name, expected)
+    expected = f"one of the {len(_BY_NAME)} names whose pre-tokenizer is known"
+    expect(name in _BY_NAME, field, name, expected)
     return _BY_NAME[name]
 
 
@@ -184,7 +184,7 @@ def matching_pre_tokenizer(
     """
     patterns = tuple(_patterns(entry or {}, field))
     found = [one for one in PRE_TOKENIZERS if one.patterns == patterns]
-    require(bool(found), field, patterns, "expected patterns that GGUF has a name for")
+    expect(bool(found), field, patterns, "patterns that GGUF has a name for")
     return next((one for one in found if one.ignore_merges == ignore_merges), found[0])
 
 
@@ -206,4 +206,4 @@ def _patterns(entry: Mapping[str, Any], field: str) -> Iterator[str]:
     elif split == ("Isolated", False) or (split == ("Removed", True) and pattern.endswith(r"\s+")):
         yield pattern.replace("\r", r"\r").replace("\n", r"\n")
     else:
-        require(False, field, kind, "expected a pre-tokenizer that GGUF has a name for")
+        expect(False, field, kind, "a pre-tokenizer that GGUF has a name for")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect, require
 from transom.base.files import refuse_pointer
 
 MAGIC = b"GGUF"
@@ -83,7 +83,7 @@ class GgufModel:
             return self.factors[name]
         stored = self.tensors[name]
         where = f"{self.files[stored.part]}: {name}: type"
-        require(stored.type == "F32", where, stored.type, "expected F32")
+        expect(stored.type == "F32", where, stored.type, "F32")
         mapped = map_bytes(self.files[stored.part], stored)
         return [float(one) for one in mapped.view("<f4")]
 
@@ -141,8 +141,8 @@ def read_gguf(path: Path) -> GgufModel:
     headers = [_read_header(file, part) for part, file in enumerate(files)]
     metadata, tensors = headers[0]
     count = metadata.get("split.count") or 1
-    expected = f"expected {len(files)}; parts are called NAME-00001-of-0000N.gguf"
-    require(count == len(files), f"{path}: split.count", count, expected)
+    expected = f"{len(files)}; parts are called NAME-00001-of-0000N.gguf"
+    expect(count == len(files), f"{path}: split.count", count, expected)
     for file, (_, more) in zip(files[1:], headers[1:], strict=True):
         twice = next(iter(tensors.keys() & more.keys()), None)
         require(twice is None, str(file), twice, "which is in another part too; expected it once")
@@ -163,8 +163,8 @@ def _read_header(path: Path, part: int) -> tuple[dict[str, Any], dict[str, Store
 
 
 def _check_version(path: Path, start: bytes) -> None:
-    expected = "expected a GGUF file of version 2 or 3, which begins with b'GGUF'"
-    require(start[:4] == MAGIC and len(start) == 8, str(path), start, expected)
+    expected = "a GGUF file of version 2 or 3, which begins with b'GGUF'"
+    expect(start[:4] == MAGIC and len(start) == 8, str(path), start, expected)
     version, swapped = int.from_bytes(start[4:], "little"), int.from_bytes(start[4:], "big")
     if version not in (2, 3):
         big = swapped in (1, 2, 3)
@@ -209,8 +209,8 @@ class _Cursor:
         inner, count = (self.number("I"), self.number("Q")) if kind == _ARRAY else (kind, 0)
         if inner == _STRING:
             return [self.text() for _ in range(count)]
-        expected = "expected the type of a number or a text, or a list of them"
-        require(inner in _NUMBERS, f"{self.path}: {self.what}", inner, expected)
+        expected = "the type of a number or a text, or a list of them"
+        expect(inner in _NUMBERS, f"{self.path}: {self.what}", inner, expected)
         start = self.take(count * struct.calcsize(_NUMBERS[inner]))
         return list(struct.unpack_from(f"<{count}{_NUMBERS[inner]}", self.content, start))
 
@@ -221,8 +221,7 @@ class _Cursor:
         found = self.named(tensors, "the list of tensors", lambda: self.tensor(part))
         alignment = metadata.get("general.alignment", 32)
         fits = type(alignment) is int and alignment > 0 and alignment % 8 == 0
-        expected = "expected a multiple of 8"
-        require(fits, f"{self.path}: general.alignment", alignment, expected)
+        expect(fits, f"{self.path}: general.alignment", alignment, "a multiple of 8")
         base = -(-self.position // alignment) * alignment
         return metadata, {name: self.placed(name, found[name], base, alignment) for name in found}
 
@@ -240,15 +239,15 @@ class _Cursor:
     def tensor(self, part: int) -> StoredTensor:
         """Return a tensor whose offset is counted from the end of the header."""
         where, dimensions = f"{self.path}: {self.what}", self.number("I")
-        expected = f"expected at most {_MOST_DIMENSIONS}"
-        require(dimensions <= _MOST_DIMENSIONS, f"{where}: dimensions", dimensions, expected)
+        expected = f"at most {_MOST_DIMENSIONS}"
+        expect(dimensions <= _MOST_DIMENSIONS, f"{where}: dimensions", dimensions, expected)
         shape = tuple(self.number("Q") for _ in range(dimensions))[::-1]
         code, offset = self.number("I"), self.number("Q")
-        require(code in _NAMES, f"{where}: type", code, f"expected {', '.join(_TYPES)}")
+        expect(code in _NAMES, f"{where}: type", code, ", ".join(_TYPES))
         _, block, size = _TYPES[_NAMES[code]]
         fits = bool(shape) and shape[-1] % block == 0
-        expected = f"expected rows of a multiple of {block} numbers, the block of {_NAMES[code]}"
-        require(fits, f"{where}: shape", shape, expected)
+        expected = f"rows of a multiple of {block} numbers, the block of {_NAMES[code]}"
+        expect(fits, f"{where}: shape", shape, expected)
         return StoredTensor(part, _NAMES[code], shape, offset, math.prod(shape) // block * size)
 
     def placed(self, name: str, tensor: StoredTensor, base: int, alignment: int) -> StoredTensor:
@@ -260,6 +259,6 @@ class _Cursor:
                 f"{len(self.content):,}"
             )
         aligned = tensor.offset % alignment == 0
-        expected = f"expected a multiple of the alignment, {alignment}"
-        require(aligned, f"{self.path}: {name}: offset", tensor.offset, expected)
+        expected = f"a multiple of the alignment, {alignment}"
+        expect(aligned, f"{self.path}: {name}: offset", tensor.offset, expected)
         return tensor._replace(offset=start)

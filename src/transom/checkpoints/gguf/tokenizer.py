@@ -24,7 +24,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, processors
 
-from transom.base.errors import RequestError, notice, require, short_repr
+from transom.base.errors import RequestError, expect, notice, short_repr
 from transom.base.files import write_text
 from transom.chat.files import DEFAULT
 from transom.checkpoints.files.layout import GENERATION
@@ -76,8 +76,8 @@ def write_tokenizer_files(metadata: Mapping[str, Any], folder: Path) -> None:
             that contradict each other.
     """
     kind = _value(metadata, "model", str)
-    expected = f"expected {BYTE_PAIRS} (byte pairs) or {SENTENCE_PIECE} (SentencePiece)"
-    require(kind in (BYTE_PAIRS, SENTENCE_PIECE), f"{KEY}model", kind, expected)
+    expected = f"{BYTE_PAIRS} (byte pairs) or {SENTENCE_PIECE} (SentencePiece)"
+    expect(kind in (BYTE_PAIRS, SENTENCE_PIECE), f"{KEY}model", kind, expected)
     vocabulary = _Vocabulary.of(metadata, kind == SENTENCE_PIECE)
     if kind == BYTE_PAIRS:
         pre = named_pre_tokenizer(_value(metadata, "pre", str), f"{KEY}pre")
@@ -124,10 +124,10 @@ class _Vocabulary:
     def of(cls, metadata: Mapping[str, Any], sentence_piece: bool) -> _Vocabulary:
         """Read and check the tokens. Those that begin or end a text are made control tokens."""
         tokens = _values(metadata, "tokens", str)
-        require(bool(tokens), f"{KEY}tokens", tokens, "expected one token or more")
+        expect(bool(tokens), f"{KEY}tokens", tokens, "one token or more")
         types = _values(metadata, "token_type", int, len(tokens))
         strange = next((one for one in types if not NORMAL <= one <= BYTE), None)
-        require(strange is None, f"{KEY}token_type", strange, "expected types from 1 to 6")
+        expect(strange is None, f"{KEY}token_type", strange, "types from 1 to 6")
         for id, token in enumerate(tokens):
             if not token:
                 tokens[id], types[id] = f"[EMPTY_{id}]", UNUSED  # the name in llama.cpp
@@ -136,7 +136,7 @@ class _Vocabulary:
             elif sentence_piece and types[id] == USER_DEFINED:
                 tokens[id] = token.replace(" ", SPACE)  # llama.cpp finds them in the text itself
         (token, count), *_ = Counter(tokens).most_common(1)
-        require(count == 1, f"{KEY}tokens", token, f"expected each token once, not {count} times")
+        expect(count == 1, f"{KEY}tokens", token, f"each token once, not {count} times")
         ids = _ids(metadata, len(tokens))
         if sentence_piece:
             unknown = types.index(UNKNOWN) if UNKNOWN in types else 0
@@ -155,8 +155,8 @@ class _Vocabulary:
         edges = set()
         for role, default in (("bos_token", adds_bos), ("eos_token", False)):
             adds = _value(metadata, f"add_{role}", bool, default and role in self.ids)
-            expected = f"expected false, since there is no {KEY}{ROLES[role]}"
-            require(not adds or role in self.ids, f"{KEY}add_{role}", adds, expected)
+            expected = f"false, since there is no {KEY}{ROLES[role]}"
+            expect(not adds or role in self.ids, f"{KEY}add_{role}", adds, expected)
             edges |= {role} if adds else set()
         return edges
 
@@ -192,8 +192,8 @@ def _merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[s
     for place, merge in enumerate(dict.fromkeys(_values(metadata, "merges", str))):
         left, _, right = merge.partition(" ")
         known = left in ids and right in ids and left + right in ids
-        expected = "expected two tokens and a space between them that make another token"
-        require(known, f"{KEY}merges[{place}]", merge, expected)
+        expected = "two tokens and a space between them that make another token"
+        expect(known, f"{KEY}merges[{place}]", merge, expected)
         pairs.append((left, right))
     return pairs
 
@@ -203,14 +203,13 @@ def _sentence_piece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> Sen
     tokens = vocabulary.tokens
     scores = _values(metadata, "scores", float, len(tokens))
     strange = next((one for one in scores if not math.isfinite(one)), None)
-    require(strange is None, f"{KEY}scores", strange, "expected finite numbers")
+    expect(strange is None, f"{KEY}scores", strange, "finite numbers")
     # A model has one unknown piece; other tokens that no text makes are control pieces.
     types = [CONTROL if one == UNKNOWN else one for one in vocabulary.types]
     types[vocabulary.ids["unk_token"]] = UNKNOWN
     found = {token for token, type in zip(tokens, types, strict=True) if type == BYTE}
-    expected = "expected none, or <0x00> to <0xFF>"
     whole = not found or found == {f"<0x{byte:02X}>" for byte in range(256)}
-    require(whole, f"{KEY}token_type", f"{len(found)} byte tokens", expected)
+    expect(whole, f"{KEY}token_type", f"{len(found)} byte tokens", "none, or <0x00> to <0xFF>")
     return SentencePieceFile(
         tokens,
         scores,
@@ -225,7 +224,7 @@ def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Return the chat templates by name."""
     named = [key for key in metadata if key == TEMPLATE_KEY or key.startswith(f"{TEMPLATE_KEY}.")]
     for key in named:
-        require(isinstance(metadata[key], str), key, metadata[key], "expected a chat template")
+        expect(isinstance(metadata[key], str), key, metadata[key], "a chat template")
     return {key.removeprefix(TEMPLATE_KEY)[1:] or DEFAULT: metadata[key] for key in named}
 
 
@@ -235,15 +234,15 @@ def _ids(metadata: Mapping[str, Any], count: int) -> dict[str, int]:
     for role, key in ROLES.items():
         if f"{KEY}{key}" in metadata:
             ids[role] = _value(metadata, key, int)
-            expected = f"expected an id below {count}, the number of tokens"
-            require(0 <= ids[role] < count, f"{KEY}{key}", ids[role], expected)
+            expected = f"an id below {count}, the number of tokens"
+            expect(0 <= ids[role] < count, f"{KEY}{key}", ids[role], expected)
     return ids
 
 
 def _value(metadata: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
     """Return a value of the metadata, which must be of this kind; None as default requires it."""
     value = metadata.get(f"{KEY}{name}", default)
-    require(type(value) is kind, f"{KEY}{name}", value, f"expected {_KINDS[kind]}")
+    expect(type(value) is kind, f"{KEY}{name}", value, f"{_KINDS[kind]}")
     return value
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers.models import BPE
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.chat.files import DEFAULT, stored_templates
 from transom.checkpoints.files.generation_config import stop_tokens_of
 from transom.checkpoints.gguf.pre_tokenizers import matching_pre_tokenizer
@@ -123,10 +123,10 @@ def _vocabulary(backend: TokenizerBackend, file: bytes, count: int, where: str) 
 def _merged(document: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[int, int]]:
     """Return the merges of a tokenizer.json and its pre-tokenizer, or the scores of its tokens."""
     model, normalizer = document["model"], document["normalizer"]
-    expected = "expected BPE without marks of parts of words, which GGUF can state"
+    expected = "BPE without marks of parts of words, which GGUF can state"
     marks = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
     fits = model["type"] == "BPE" and not any(marks)
-    require(fits, f"{where}: model of tokenizer.json", model["type"], expected)
+    expect(fits, f"{where}: model of tokenizer.json", model["type"], expected)
     added = document["added_tokens"]
     types = {one["id"]: USER_DEFINED for one in added if not one["special"]}
     if model["byte_fallback"]:
@@ -141,8 +141,8 @@ def _merged(document: Mapping[str, Any], where: str) -> tuple[dict[str, Any], di
         odd = next(
             (one for one in model["vocab"].keys() - others if len(merger.tokenize(one)) > 1), None
         )
-        expected = "expected tokens that are results of merges"
-        require(odd is None, f"{where}: model of tokenizer.json", odd, expected)
+        expected = "tokens that are results of merges"
+        expect(odd is None, f"{where}: model of tokenizer.json", odd, expected)
     return {
         "model": BYTE_PAIRS,
         "pre": pre.names[0],
@@ -153,7 +153,7 @@ def _merged(document: Mapping[str, Any], where: str) -> tuple[dict[str, Any], di
 def _sentence_piece(content: bytes, where: str) -> tuple[dict[str, Any], dict[int, int]]:
     """Return the scores of a SentencePiece model, how it treats spaces, and the types of pieces."""
     model = SentencePieceFile.of(content)
-    require(model.merges, f"{where}: model type", "unigram", "expected pairs merged by score")
+    expect(model.merges, f"{where}: model type", "unigram", "pairs merged by score")
     if model.normalizes:
         _report_normalization("the normalization of its model", where)
     return {
@@ -202,7 +202,7 @@ def _scored(
         and id not in added
     )
     odd = next(chain(mixed, missing), None)
-    require(odd is None, field, odd, "expected those of a SentencePiece model, in their order")
+    expect(odd is None, field, odd, "those of a SentencePiece model, in their order")
     return {
         "model": SENTENCE_PIECE,
         "pre": "default",
@@ -226,6 +226,6 @@ def _adds_prefix(document: Mapping[str, Any], where: str) -> bool:
                     puts = "puts a space before a text, also before one that begins with a space"
                     notice(f"{where}: a program that reads the GGUF file {puts}")
             elif kind not in (("Replace", SPACE, space), ("Split", None, space)):
-                expected = "expected that of a SentencePiece model"
-                require(False, f"{where}: {name} of tokenizer.json", step["type"], expected)
+                expected = "that of a SentencePiece model"
+                expect(False, f"{where}: {name} of tokenizer.json", step["type"], expected)
     return adds

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice
 from transom.checkpoints.families.registry import WEIGHT_NAMES
 from transom.checkpoints.files.layout import holds_tokenizer
 from transom.checkpoints.files.lazy_tensors import LazyTensors, TensorGroup, narrowed
@@ -140,7 +140,7 @@ def plan_gguf(
     for mapping, group in zip(mappings, groups, strict=True):
         (key,), (meta,) = group.keys, group.metas
         own = str(meta.dtype).removeprefix("torch.")
-        require(own in _OTHER_NAMES, f"{key}: dtype", own, f"expected {', '.join(_OTHER_NAMES)}")
+        expect(own in _OTHER_NAMES, f"{key}: dtype", own, ", ".join(_OTHER_NAMES))
         type = _type_of(key, meta.shape, GGUF_DTYPES[dtype or own])
         read = partial(_converted, key, type, group)
         coded = {name: _as_blocks(codes[name]) for name in mapping.ours if name in codes}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.checkpoints.files.lazy_tensors import LazyTensors
 from transom.checkpoints.quantized.codes import Codes, Rows
 from transom.quantize.formats import FP4, NF4, WeightFormat, pack, unpack, wide_scales
@@ -40,7 +40,7 @@ def open_bitsandbytes(where: str, stored: LazyTensors) -> Codes:
     name = next((key for key in stored if key.startswith(STATE)), "quant_state")
     needed = ("weight", "absmax", "quant_map", name)
     missing = ", ".join(key for key in needed if key not in stored)
-    require(not missing, where, sorted(stored), f"expected {missing}, too")
+    expect(not missing, where, sorted(stored), f"{missing}, too")
     try:
         state: dict[str, Any] = json.loads(bytes(stored[name].read().tolist()))
         outputs, inputs = shape = tuple(map(int, state["shape"]))
@@ -56,8 +56,8 @@ def open_bitsandbytes(where: str, stored: LazyTensors) -> Codes:
         lazy = stored.get(key)
         found = math.prod(lazy.shape) if lazy else 0
         found *= 2 * lazy.dtype.itemsize if lazy and key == "weight" else 1
-        expected = f"expected {size} for a weight of shape {shape}"
-        require(found == size, f"{where}: numbers of {key}", found, expected)
+        expected = f"{size} for a weight of shape {shape}"
+        expect(found == size, f"{where}: numbers of {key}", found, expected)
     # A block may reach into the next row. A divisor of its size and of a row does not.
     group = math.gcd(block, inputs)
 
@@ -68,9 +68,7 @@ def open_bitsandbytes(where: str, stored: LazyTensors) -> Codes:
             of_each = factors.repeat_interleave(state["nested_blocksize"])[: len(absmax)]
             absmax = table[absmax.int()] * of_each + state["nested_offset"]
         bad = absmax[~(absmax >= 0) | absmax.isinf()].tolist()
-        require(
-            not bad, f"{where}.weight.absmax", (bad or [0])[0], "expected finite, positive numbers"
-        )
+        expect(not bad, f"{where}.weight.absmax", (bad or [0])[0], "finite, positive numbers")
         scales = absmax.float().repeat_interleave(block // group)[: total // group]
         codes = stored["weight"].read().contiguous().view(torch.uint8)
         return {"codes": codes.view(outputs, -1), "scales": scales.view(outputs, -1)}

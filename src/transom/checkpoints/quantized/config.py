@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.base.files import read_json
 from transom.checkpoints.families.foreign_config import ForeignConfig
 from transom.checkpoints.files.layout import CONFIG, folder_format
@@ -86,7 +86,7 @@ def read_quantization(config: ForeignConfig) -> Quantization | None:
         return None
     own, methods = config.part(KEY, {}), tuple(_READERS)
     method = own.get("quant_method")
-    expected = f"expected {', '.join(methods)}, or weights that are not quantized"
+    expected = f"{', '.join(methods)}, or weights that are not quantized"
     own.check(method in methods, "quant_method", expected)
     for key in _HARMLESS[method].split():
         own.get(key)
@@ -105,13 +105,13 @@ def _gptq(own: ForeignConfig) -> Quantization:
     own.expect("pack_dtype", "int32")
     own.expect("is_marlin_format", False)
     for key in ("adapter", "rotation"):
-        own.check(not own.get(key), key, "expected none")
+        own.check(not own.get(key), key, "none")
     layout = "format" if own.get("checkpoint_format") is None else "checkpoint_format"
     own.expect(layout, "gptq", "gptq_v2")
     own.get("format")
     stated = {"bits": own["bits"], "group_size": own["group_size"]}
     dynamic = own.get("dynamic", {})
-    own.check(isinstance(dynamic, Mapping), "dynamic", "expected patterns of names")
+    own.check(isinstance(dynamic, Mapping), "dynamic", "patterns of names")
     patterns: list[tuple[re.Pattern[str], int, int]] = []
     for text, changes in dynamic.items():
         if text.startswith("-:"):
@@ -129,7 +129,7 @@ def _gptq(own: ForeignConfig) -> Quantization:
 
 def _awq(own: ForeignConfig) -> Quantization:
     version = str(own.get("version", "gemm")).lower()
-    own.check(version == "gemm", "version", "expected gemm")
+    own.check(version == "gemm", "version", "gemm")
     own.expect("zero_point", True)
     own.expect("bits", 4)
     _, group = _sizes({"bits": 4, "group_size": own["group_size"]}, own.where)
@@ -148,7 +148,7 @@ def _fp8(own: ForeignConfig) -> Quantization:
     own.note(f"activation_scheme = {scheme!r}: only GPUs that multiply 8-bit floats round inputs")
     block = own.get("weight_block_size", [0, 0])
     fits = isinstance(block, list) and [type(n) for n in block] == [int, int] and min(block) >= 0
-    own.check(fits, "weight_block_size", "expected two numbers")
+    own.check(fits, "weight_block_size", "two numbers")
     return Quantization("fp8", 8, block=(block[0], block[1]))
 
 
@@ -158,7 +158,7 @@ _READERS = {"gptq": _gptq, "awq": _awq, "bitsandbytes": _bitsandbytes, "fp8": _f
 def _sizes(stated: Mapping[str, Any], where: str) -> tuple[int, int]:
     """Return bits and group."""
     bits, group = stated["bits"], stated["group_size"]
-    require(bits in (4, 8), f"{where}: bits", bits, "expected 4 or 8")
+    expect(bits in (4, 8), f"{where}: bits", bits, "4 or 8")
     fits = type(group) is int and (group == -1 or group > 1)
-    require(fits, f"{where}: group_size", group, "expected -1 or a number of inputs")
+    expect(fits, f"{where}: group_size", group, "-1 or a number of inputs")
     return bits, max(group, 0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
 from transom.checkpoints.quantized.codes import Codes, Rows
 from transom.quantize.formats import FLOAT8, WeightFormat
@@ -35,14 +35,14 @@ def open_float8(
     Raises:
         RequestError: The weight is missing, or a tensor has another shape or dtype.
     """
-    require("weight" in stored, where, sorted(stored), "expected a tensor `weight` too")
+    expect("weight" in stored, where, sorted(stored), "a tensor `weight` too")
     weight, scales = stored["weight"], stored["weight_scale_inv"]
-    require(weight.dtype == FLOAT8, f"{where}.weight: dtype", weight.dtype, f"expected {FLOAT8}")
-    require(len(weight.shape) == 2, f"{where}.weight: shape", weight.shape, "expected a matrix")
+    expect(weight.dtype == FLOAT8, f"{where}.weight: dtype", weight.dtype, f"{FLOAT8}")
+    expect(len(weight.shape) == 2, f"{where}.weight: shape", weight.shape, "a matrix")
     sizes = [min(own or size, size) for own, size in zip(block, weight.shape, strict=True)]
     shape = tuple(-(-size // own) for size, own in zip(weight.shape, sizes, strict=True))
     fits = scales.shape == shape or (shape == (1, 1) and scales.shape in ((), (1,)))
-    require(fits, f"{where}.weight_scale_inv: shape", scales.shape, f"expected {shape}")
+    expect(fits, f"{where}.weight_scale_inv: shape", scales.shape, f"{shape}")
 
     def checked() -> Tensor:
         each = scales.read().float().view(shape)

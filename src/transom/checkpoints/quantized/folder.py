@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice
 from transom.base.version import __version__
 from transom.checkpoints.files.layout import weight_files
 from transom.checkpoints.files.lazy_tensors import PLAIN_DTYPES, LazyTensor, TensorGroup, main_dtype
@@ -155,8 +155,8 @@ def _awq_method(mapping: KeyMapping, group: TensorGroup, found: Sequence[Codes])
     inside = mapping.ours not in (("tok_embeddings.weight",), ("output.weight",))
     fits = inside and _method(mapping, group, found) == "gptq"
     fits = fits and fits_awq(found[0].format, group.metas[0].shape)
-    reason = f"expected hf, as {mapping.foreign[0]} is not int4 in groups, or not in a layer"
-    require(fits, "format", "awq", reason)
+    reason = f"hf, as {mapping.foreign[0]} is not int4 in groups, or not in a layer"
+    expect(fits, "format", "awq", reason)
     return "awq"
 
 
@@ -224,8 +224,8 @@ def _config(
     ((most, _),) = Counter(sizes.values()).most_common(1)
     if method == "awq":
         several = sorted({group for _, group in sizes.values()})
-        reason = f"expected hf, as groups have {' and '.join(map(str, several))} inputs"
-        require(len(several) == 1, "format", "awq", reason)
+        reason = f"hf, as groups have {' and '.join(map(str, several))} inputs"
+        expect(len(several) == 1, "format", "awq", reason)
         stated = {"quant_method": method, "bits": 4, "group_size": most[1], "version": "gemm"}
         return {**stated, "zero_point": True, "modules_to_not_convert": dense}
     dynamic: dict[str, dict[str, int]] = {

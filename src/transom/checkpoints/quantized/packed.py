@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.checkpoints.files.lazy_tensors import PLAIN_DTYPES, LazyTensors
 from transom.checkpoints.quantized.codes import Codes, Rows
 from transom.names.transforms import Shape
@@ -45,15 +45,14 @@ def open_packed(
     """
     per_word, names = 32 // bits, ("qweight", "qzeros", "scales", "g_idx")[: 3 if awq else 4]
     missing = ", ".join(name for name in names if name not in stored)
-    require(not missing, where, sorted(stored), f"expected {missing}, too")
+    expect(not missing, where, sorted(stored), f"{missing}, too")
     sizes = stored["qweight"].shape
-    require(len(sizes) > 1, f"{where}.qweight: shape", sizes, "expected two dimensions")
+    expect(len(sizes) > 1, f"{where}.qweight: shape", sizes, "two dimensions")
     *leading, rows, columns = sizes
     outputs = stored["scales"].shape[-1] if awq else columns
     inputs = rows if awq else rows * per_word
     group = group or inputs
-    fits = inputs % group == 0
-    require(fits, f"{where}: group_size", group, f"expected a divisor of the {inputs} inputs")
+    expect(inputs % group == 0, f"{where}: group_size", group, f"a divisor of the {inputs} inputs")
     groups, words = inputs // group, -(-outputs // per_word)
     shapes: dict[str, Shape] = {
         "qweight": (rows, words if awq else outputs),
@@ -63,10 +62,10 @@ def open_packed(
     }
     for name in names:
         shape, lazy = (*leading, *shapes[name]), stored[name]
-        require(lazy.shape == shape, f"{where}.{name}: shape", lazy.shape, f"expected {shape}")
+        expect(lazy.shape == shape, f"{where}.{name}: shape", lazy.shape, f"{shape}")
         kinds = PLAIN_DTYPES if name == "scales" else (torch.int32,)
-        expected = f"expected {' or '.join(map(str, kinds))}"
-        require(lazy.dtype in kinds, f"{where}.{name}: dtype", lazy.dtype, expected)
+        expected = " or ".join(map(str, kinds))
+        expect(lazy.dtype in kinds, f"{where}.{name}: dtype", lazy.dtype, expected)
 
     def zeros() -> Tensor:
         words = stored["qzeros"].read() + (_ONES[bits] if less_one else 0)
@@ -153,7 +152,7 @@ def _order(where: str, group_of: Tensor, groups: int) -> Tensor | None:
     inputs = group_of.size(-1)
     found, order = group_of.sort(dim=-1, stable=True)
     outside = found[(found < 0) | (found >= groups)].tolist()
-    require(not outside, where, (outside or [0])[0], f"expected groups from 0 to {groups - 1}")
+    expect(not outside, where, (outside or [0])[0], f"groups from 0 to {groups - 1}")
     expected = torch.arange(inputs, dtype=torch.int32) // (inputs // groups)
     if not torch.equal(found, expected.expand_as(found)):
         raise RequestError(

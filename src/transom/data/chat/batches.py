@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.packing import grouped_by_length
 from transom.data.chat.rows import EncodedChats
@@ -90,8 +90,8 @@ class ChatBatches(ShuffledBatches):
             RequestError: There are fewer rows than `rows_per_step`, or examples are packed that
                 have to be a row each.
         """
-        expected = "expected false for pairs and labelled answers, each of which is one row"
-        require(packs is None or not data.compared, "packing", True, expected)
+        expected = "false for pairs and labelled answers, each of which is one row"
+        expect(packs is None or not data.compared, "packing", True, expected)
         self._data, self._packs = data, packs
         lengths, what = data.lengths, "examples"
         if packs is not None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.chat.marking import common_prefix
 from transom.data.chat.messages import (
     MESSAGE_KEYS,
@@ -93,8 +93,8 @@ def _chat(turns: Any, name: str, reference: Mapping[str, Any] | None = None) -> 
     roles = [message["role"] for message in messages]
     if reference and roles[-1] != "assistant":
         return {"kind": "answer", "messages": messages, "reference": reference}
-    expected = "expected a conversation with an assistant's turn"
-    require("assistant" in roles, f"roles of {name}", roles, expected)
+    expected = "a conversation with an assistant's turn"
+    expect("assistant" in roles, f"roles of {name}", roles, expected)
     return {"kind": "chat", "messages": messages}
 
 
@@ -109,8 +109,8 @@ def _sharegpt(row: Columns) -> dict[str, Any]:
 def _sharegpt_turn(turn: Any, name: str) -> Any:
     if not isinstance(turn, dict) or "role" in turn:  # some sets have OpenAI's messages there
         return turn
-    expected = f"expected one of {', '.join(SHAREGPT_ROLES)}"
-    require(turn.get("from") in SHAREGPT_ROLES, f"{name}.from", turn.get("from"), expected)
+    expected = f"one of {', '.join(SHAREGPT_ROLES)}"
+    expect(turn.get("from") in SHAREGPT_ROLES, f"{name}.from", turn.get("from"), expected)
     role = SHAREGPT_ROLES[turn["from"]]
     return {"role": role, "content": turn.get("value"), "weight": turn.get("weight")}
 
@@ -134,7 +134,7 @@ def _completion(row: Columns) -> dict[str, Any]:
 
 
 def _label(row: Columns) -> dict[str, Any]:
-    require(isinstance(row["label"], bool), "label", row["label"], "expected true or false")
+    expect(isinstance(row["label"], bool), "label", row["label"], "true or false")
     return {**_completion(row), "kind": "label", "label": row["label"]}
 
 
@@ -143,7 +143,7 @@ def _pair(row: Columns) -> dict[str, Any]:
     chosen, rejected = (
         [row[name]] if isinstance(row[name], dict) else row[name] for name in ("chosen", "rejected")
     )
-    require(chosen != rejected, "rejected", rejected, "expected another answer than chosen")
+    expect(chosen != rejected, "rejected", rejected, "another answer than chosen")
     prompt, cut = row.get("prompt"), 0
     if isinstance(chosen, list) and isinstance(rejected, list):
         common = chosen[: common_prefix(chosen, rejected)]
@@ -155,8 +155,7 @@ def _pair(row: Columns) -> dict[str, Any]:
     elif prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
         cut = _prompt_end(chosen, rejected)
         prompt = chosen[:cut]
-    expected = "expected one, or answers that begin with the same words"
-    require(bool(prompt), "prompt", prompt, expected)
+    expect(bool(prompt), "prompt", prompt, "one, or answers that begin with the same words")
     answers = {"chosen": chosen[cut:], "rejected": rejected[cut:]}
     return {"kind": "pair", **_prompt_and_answers(prompt, answers)}
 
@@ -223,7 +222,7 @@ def _prompt_and_answers(prompt: Any, answers: Mapping[str, Any]) -> dict[str, An
     for name, turns in zip(answers, made, strict=True):
         roles = [turn["role"] for turn in turns]
         fits = roles[0] == roles[-1] == "assistant"
-        require(fits, f"roles of {name}", roles, "expected answers of the assistant")
+        expect(fits, f"roles of {name}", roles, "answers of the assistant")
     bare = all(isinstance(one, str) for one in (prompt, *answers.values()))
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": text_of(prompt, "prompt")}]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.data.order import Stream, permutation
 
 MEGABATCH = 32  # batches that are sorted by length together
@@ -35,11 +35,11 @@ def first_fit_decreasing(
     """
     sizes = np.asarray(lengths, np.int64)
     longest = int(sizes.max(initial=0))
-    require(
+    expect(
         longest <= room,
         "seq_len",
         room,
-        f"expected {longest} or more, the tokens of the longest example",
+        f"{longest} or more, the tokens of the longest example",
     )
     mixed = permutation(seed, 0, Stream.WINDOWS, len(sizes))
     order = mixed[np.argsort(-sizes[mixed], kind="stable")]

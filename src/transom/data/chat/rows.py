@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice, require
 from transom.chat.built_in import fitting, named
 from transom.chat.fingerprint import template_hash
 from transom.chat.template import ChatTemplate
@@ -27,7 +27,7 @@ from transom.tokenizers.tokenizer import Tokenizer
 ALONE = ("chat", "completion")  # kinds of examples that are not compared with others
 TrainOn = Literal["assistant", "all"]
 Truncate = Literal["cut", "drop"]
-NEEDS_TEMPLATE = "expected a model with a chat template for conversations, or a template by name"
+NEEDS_TEMPLATE = "a model with a chat template for conversations, or a template by name"
 
 
 # What became of the examples of a set, by the name of a count. Tokens are those of rows that are
@@ -89,8 +89,8 @@ class EncodedChats:
 
     def check(self) -> None:
         """Raise `RequestError` if there is no row."""
-        expected = "expected a set with a token to learn"
-        require(bool(self.items), "data", f"nothing to train on ({self})", expected)
+        expected = "a set with a token to learn"
+        expect(bool(self.items), "data", f"nothing to train on ({self})", expected)
 
 
 def template_for(
@@ -108,8 +108,8 @@ def template_for(
     ready = fitting(tokenizer) or named("plain")
     assert ready is not None, "the plain template is built in"
     can_end = ready.name != "plain" or tokenizer.eos_id is not None
-    expected = "expected a tokenizer with a token that ends a turn, for conversations"
-    require(can_end, "tokenizer", "no EOS token", expected)
+    expected = "a tokenizer with a token that ends a turn, for conversations"
+    expect(can_end, "tokenizer", "no EOS token", expected)
     origin = f"the built-in template {ready.name}"
     notice(f"no chat template: conversations are rendered by {origin}")
     return ChatTemplate(ready.source(tokenizer), tokenizer, origin=origin, stop=ready.stop)
@@ -121,7 +121,7 @@ def prompt_ids(
     """Return the token ids of an example's prompt, as at inference."""
     if template is None and example.bare:
         return tokenizer.encode_prompt(str(example.messages[0]["content"]))
-    require(template is not None, f"{example.id}: chat template", None, NEEDS_TEMPLATE)
+    expect(template is not None, f"{example.id}: chat template", None, NEEDS_TEMPLATE)
     assert template is not None
     return template.encode(_unweighted(example.messages), example.tools)
 
@@ -155,9 +155,9 @@ class ChatEncoder:
     stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        require(self.seq_len >= 2, "seq_len", self.seq_len, "expected 2 tokens or more")
+        expect(self.seq_len >= 2, "seq_len", self.seq_len, "2 tokens or more")
         known = self.train_on in get_args(TrainOn)
-        require(known, "train_on", self.train_on, "expected assistant or all")
+        expect(known, "train_on", self.train_on, "assistant or all")
 
     @property
     def key(self) -> list[Any]:
@@ -209,9 +209,9 @@ class ChatEncoder:
         ]
         if example.kind in ALONE:
             return [(row,) for row in rows[0]]
-        expected = "expected answers of one turn, because this template changes earlier turns"
+        expected = "answers of one turn, because this template changes earlier turns"
         most = max(map(len, rows))
-        require(most == 1, "answers", f"{most} rows", expected)
+        expect(most == 1, "answers", f"{most} rows", expected)
         return [tuple(row for (row,) in rows)]
 
     def _conversation(
@@ -223,14 +223,14 @@ class ChatEncoder:
         """
         everything = self.train_on == "all" and example.kind in ALONE
         if turns is None:
-            require(example.bare, "chat template", None, NEEDS_TEMPLATE)
+            expect(example.bare, "chat template", None, NEEDS_TEMPLATE)
             prompt, answer = (str(message["content"]) for message in messages)
             return [bare_row(self.tokenizer, prompt, answer, example.weight, all_tokens=everything)]
         plain, tools = _unweighted(messages), example.tools
         given = [message.get("weight", 1.0) for message in messages]
         if everything:
-            expected = "expected 1 for every message if all tokens are trained on"
-            require(all(weight == 1.0 for weight in given), "weight", min(given), expected)
+            expected = "1 for every message if all tokens are trained on"
+            expect(all(weight == 1.0 for weight in given), "weight", min(given), expected)
             return [turns.whole(plain, tools, example.weight)]
         weights = [
             weight * example.weight if message["role"] == "assistant" and at >= first else 0.0

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from transom.base.errors import RequestError, collected_notices, notice, require
+from transom.base.errors import RequestError, collected_notices, expect, notice
 from transom.data.cache import cache_entry, read_shard, shard_writer, with_progress
 from transom.data.chat.conversations import ChatExample
 from transom.data.chat.finetune_sets import Examples
@@ -133,8 +133,8 @@ def _write(folder: Path, chunks: Iterable[Chunk], *, strict: bool) -> dict[str, 
                 for row in item:
                     label = NO_LABEL if row.label is None else row.label
                     append(row.id, row.ids, weights=row.weights, labels=label)
-    expected = "expected pairs or labels for all, or for none"
-    require(len(kinds) < 2, "data.sources", "several kinds of rows", expected)
+    expected = "pairs or labels for all, or for none"
+    expect(len(kinds) < 2, "data.sources", "several kinds of rows", expected)
     return {
         "counts": counts,
         "rows_per_item": max(kinds, default=(1, True))[0],

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.order import Batches, Mixture, PackedOrder, Piece, Weight
 from transom.data.text.shards import TokenFile
@@ -105,9 +105,9 @@ def _check_ids(
     files: Sequence[TokenFile], bos_id: int | None, eos_id: int | None, vocab_size: int
 ) -> None:
     """Raise `RequestError` if an id is not one of the model's vocabulary."""
-    expected = f"expected ids from 0 to {vocab_size - 1}, the model's vocabulary"
+    expected = f"ids from 0 to {vocab_size - 1}, the model's vocabulary"
     for name, id in (("bos_id", bos_id), ("eos_id", eos_id)):
-        require(id is None or 0 <= id < vocab_size, name, id, expected)
+        expect(id is None or 0 <= id < vocab_size, name, id, expected)
     for file in files:
         highest = int(file.tokens.max(initial=0))
-        require(highest < vocab_size, "token id", highest, expected)
+        expect(highest < vocab_size, "token id", highest, expected)

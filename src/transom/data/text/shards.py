@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import WorkError, require
+from transom.base.errors import WorkError, expect
 from transom.data.cache import cache_entry, read_shard, shard_writer, with_progress
 from transom.data.text.sources import Document, ReadReport, SourceArgs, held_out, read_split
 from transom.tokenizers.tokenizer import Tokenizer
@@ -100,7 +100,7 @@ def prepare(
         WorkError: The cache folder can't be written to, or the texts changed while they were read.
     """
     usable = 0 <= held_out_fraction < 1
-    require(usable, "held_out_fraction", held_out_fraction, "expected 0 or more and below 1")
+    expect(usable, "held_out_fraction", held_out_fraction, "0 or more and below 1")
     report = ReadReport()
     documents = read_split(source, held_out_fraction, report)
     digest = hashlib.sha256()
@@ -115,10 +115,8 @@ def prepare(
 
     entry = cache_entry(cache_dir, [FORMAT, sha256, tokenizer.hash, held_out_fraction], make)
     train, held = (_open(entry.folder, part, entry.meta["dtype"]) for part in (TRAIN, HELD_OUT))
-    expected = (
-        f"expected a fraction that leaves some of the {report.documents} documents to train on"
-    )
-    require(len(train) > 0, "held_out_fraction", held_out_fraction, expected)
+    expected = f"a fraction that leaves some of the {report.documents} documents to train on"
+    expect(len(train) > 0, "held_out_fraction", held_out_fraction, expected)
     return Corpus(train, held, report, entry.meta["unknown_tokens"], sha256, entry.folder)
 
 

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from transom.base.errors import RequestError, require, short_repr
+from transom.base.errors import RequestError, expect, require, short_repr
 from transom.base.fields import check_bounds, describe
 from transom.data.file_formats import open_bytes, readable, row_format
 from transom.data.row_files import read_rows
@@ -23,7 +23,7 @@ from transom.data.row_kinds import located
 from transom.planning.tables import counted, counted_words
 
 TEXT_KEY = "text"  # of a row of JSON, and the column of a Parquet file
-EXPECTED = "expected UTF-8 text, .jsonl, .json or .parquet"
+EXPECTED = "UTF-8 text, .jsonl, .json or .parquet"
 BINARY_PROBE_BYTES = 8192
 HEAD, TAIL = "#head", "#tail"  # of the id of a single document that is cut in two
 MANIFEST = "tokenized.json"  # of a folder of tokens that `transom data tokenize` wrote
@@ -64,14 +64,12 @@ class SourceArgs:
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        require(bool(self.path), "path", self.path, "expected a file, a folder or a glob")
+        expect(bool(self.path), "path", self.path, "a file, a folder or a glob")
         plan = self.weight if isinstance(self.weight, tuple) else ((0, self.weight),)
         steps = [step for step, _ in plan]
         fits = steps == sorted({0, *steps}) and all(0 <= one < math.inf for _, one in plan)
-        expected = (
-            "expected a finite number of more than 0, or a list of [step, weight] from step 0"
-        )
-        require(fits and self.weight != 0, "weight", self.weight, expected)
+        expected = "a finite number of more than 0, or a list of [step, weight] from step 0"
+        expect(fits and self.weight != 0, "weight", self.weight, expected)
 
 
 class Document(NamedTuple):
@@ -116,11 +114,11 @@ def require_whole(
     """Raise `RequestError` for the fields of a source that its reader does not know."""
     for name in names:
         value = getattr(source, name)
-        require(
+        expect(
             value == (1.0 if name == "weight" else ()),
             f"data.sources {name}",
             value,
-            f"expected no {name} for {reader}",
+            f"no {name} for {reader}",
         )
 
 
@@ -219,15 +217,15 @@ def list_files(source: SourceArgs, report: ReadReport) -> list[TextFile]:
         RequestError: The source is missing, can't be read, or has tokens.
     """
     path = Path(source.path).expanduser()
-    expected = "expected text; tokens are only read with the tokenizer that made them"
-    require(not is_tokenized(source.path), "path", source.path, expected)
+    expected = "text; tokens are only read with the tokenizer that made them"
+    expect(not is_tokenized(source.path), "path", source.path, expected)
     if path.is_file():
         found = [TextFile(path, path.name, named=True)]
     elif path.is_dir():
         found = list(_walk(path, path, report))
     else:
-        expected = "expected a file, a folder or a glob that exists"
-        require(glob.has_magic(source.path), "path", source.path, expected)
+        expected = "a file, a folder or a glob that exists"
+        expect(glob.has_magic(source.path), "path", source.path, expected)
         found = list(_match(str(path), report))
     kept = [file for file in found if _selected(file.id, source)]
     report.notes["files left out by include and exclude"] = len(found) - len(kept)
@@ -307,7 +305,7 @@ def _read_text(file: TextFile, report: ReadReport) -> Iterator[Document]:
     with open_bytes(file.path) as stream:
         content = stream.read(BINARY_PROBE_BYTES)
         if b"\0" in content:
-            require(not file.named, str(file.path), "a binary file", EXPECTED)
+            expect(not file.named, str(file.path), "a binary file", EXPECTED)
             report.notes["binary files left out"] += 1
             return
         content += stream.read()
@@ -315,7 +313,7 @@ def _read_text(file: TextFile, report: ReadReport) -> Iterator[Document]:
         text = content.decode("utf-8-sig")  # Path.read_text would change line ends
     except UnicodeDecodeError as error:
         where = f"{file.path}: byte {error.start}"
-        require(not file.named, where, "bytes that are not UTF-8", EXPECTED)
+        expect(not file.named, where, "bytes that are not UTF-8", EXPECTED)
         report.notes["files left out because the text is not UTF-8"] += 1
     else:
         yield Document(file.id, text)
@@ -325,12 +323,12 @@ def _read_text_rows(file: TextFile, report: ReadReport) -> Iterator[Document]:
     """Yield the text of every row. Raise `RequestError` for a row without text, unless it is
     null.
     """
-    expected = f'expected a JSON object with a string "{TEXT_KEY}"'
+    expected = f'a JSON object with a string "{TEXT_KEY}"'
     for row in read_rows(file.path, only=TEXT_KEY):
         with located(row.where):
             columns = row.columns
-            require(TEXT_KEY in columns, "columns", list(columns), expected)
+            expect(TEXT_KEY in columns, "columns", list(columns), expected)
             text = columns[TEXT_KEY]
-            require(isinstance(text, str | None), TEXT_KEY, text, expected)
+            expect(isinstance(text, str | None), TEXT_KEY, text, expected)
         report.unread |= columns.keys() - {TEXT_KEY}
         yield Document(f"{file.id}:{row.id.rpartition(':')[2]}", text or "")

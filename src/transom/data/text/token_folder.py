@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.base.files import json_object, sha256_of
 from transom.data.cache import cache_entry, read_shard
 from transom.data.file_formats import readable
@@ -54,8 +54,8 @@ def open_corpus(
     store = FileStore(source.path)
     manifest = read_manifest(store, tokenizer)
     shards = manifest["shards"]
-    expected = "expected all parts: run `transom data tokenize` for those that are missing"
-    require(shards is not None, source.path, "tokens of some parts", expected)
+    expected = "all parts: run `transom data tokenize` for those that are missing"
+    expect(shards is not None, source.path, "tokens of some parts", expected)
     dtypes = {"tokens": manifest["dtype"], **COLUMNS}
     columns, files = [], []
     for shard in shards:
@@ -67,8 +67,8 @@ def open_corpus(
     sizes, draws = (np.concatenate([one[name] for one in columns]) for name in COLUMNS)
     lengths = np.concatenate([np.diff(one["offsets"]) for one in columns])
     held = draws < np.uint64(math.ceil(fraction * 2**64))
-    expected = f"expected a fraction that leaves some of the {len(held)} documents to train on"
-    require(not held.all(), "held_out_fraction", fraction, expected)
+    expected = f"a fraction that leaves some of the {len(held)} documents to train on"
+    expect(not held.all(), "held_out_fraction", fraction, expected)
     places = np.cumsum(lengths) - lengths
     parts = []
     for chosen in (~held, held):
@@ -88,8 +88,8 @@ def read_manifest(store: FileStore, tokenizer: Tokenizer) -> dict[str, Any]:
     """
     manifest, own = json_object(store.read(MANIFEST), Path(MANIFEST)), tokenizer.hash
     found = {name: manifest.get(name) for name in ("format", "tokenizer")}
-    expected = f"expected format {FORMAT} and this tokenizer, with hash {own}"
-    require(found == {"format": FORMAT, "tokenizer": own}, store.url, found, expected)
+    expected = f"format {FORMAT} and this tokenizer, with hash {own}"
+    expect(found == {"format": FORMAT, "tokenizer": own}, store.url, found, expected)
     return manifest
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.files import sha256_of
 from transom.base.locks import FolderLock
 from transom.data.cache import read_shard, shard_writer, with_progress
@@ -72,9 +72,9 @@ def tokenize(
             tokenizer.
     """
     workers = usable_cores() if workers is None else workers
-    require(workers >= 1, "--workers", workers, "expected 1 or more")
+    expect(workers >= 1, "--workers", workers, "1 or more")
     index, parts = (int(one) if one.isdecimal() else 0 for one in part.partition("/")[::2])
-    require(1 <= index <= parts, "--part", part, "expected I/N with I from 1 to N")
+    expect(1 <= index <= parts, "--part", part, "I/N with I from 1 to N")
     report, store = ReadReport(), FileStore(out)
     files = list_files(source, report)
     begins = accumulate((file.path.stat().st_size for file in files), initial=0)
@@ -118,8 +118,8 @@ def _begin(
     }
     if names := {name for name in store.names() if not name.startswith(".")}:
         there = MANIFEST in names and read_manifest(store, tokenizer)["plan"] == manifest["plan"]
-        expected = "expected a new or empty folder, or one with tokens of the same files"
-        require(there, "OUT", store.url, expected)
+        expected = "a new or empty folder, or one with tokens of the same files"
+        expect(there, "OUT", store.url, expected)
     else:
         store.write(MANIFEST, manifest)
     return manifest

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Literal
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect, require
 from transom.base.fields import check_bounds, describe
 from transom.data.chat.conversations import ExampleKind
 from transom.lora.args import LoraArgs
@@ -158,28 +158,28 @@ class FinetuneArgs:
         lora = self.method == "lora"
         require(lora or self.quantize is None, "quantize", "given", "valid only with method = lora")
         fits = self.quantize is None or not self.quantize.calibrated
-        expected = "expected method rtn and no bits_budget, or a base that is quantized before"
-        require(fits, "quantize", "a method that reads text", expected)
+        expected = "method rtn and no bits_budget, or a base that is quantized before"
+        expect(fits, "quantize", "a method that reads text", expected)
         fits = (lora and self.quantize is None) or not self.keep_quantized
         expected = "valid only with method = lora, and without quantize"
         require(fits, "keep_quantized", self.keep_quantized, expected)
         fits = self.objective == "grpo" or self.beta != 0
-        require(fits, "beta", self.beta, "expected a number of more than 0, or null")
+        expect(fits, "beta", self.beta, "a number of more than 0, or null")
         with_beta = (*PREFERENCES, "grpo")
         fits = self.beta is None or self.objective in with_beta
         require(fits, "beta", self.beta, f"valid only with objective = {', '.join(with_beta)}")
         fits = self.label_smoothing == 0 or self.objective == "dpo"
         require(fits, "label_smoothing", self.label_smoothing, "valid only with objective = dpo")
         fits = (self.teacher is not None) == (self.objective == "distill")
-        require(fits, "teacher", self.teacher, "expected exactly with objective = distill")
+        expect(fits, "teacher", self.teacher, "exactly with objective = distill")
         fits = self.epochs in (None, "auto") or 0 < float(self.epochs or 0) < math.inf
-        require(fits, "epochs", self.epochs, "expected a number of more than 0, auto or null")
+        expect(fits, "epochs", self.epochs, "a number of more than 0, auto or null")
         fits = all(self.new_tokens) and len(set(self.new_tokens)) == len(self.new_tokens)
-        require(fits, "new_tokens", list(self.new_tokens), "expected different texts, none empty")
+        expect(fits, "new_tokens", list(self.new_tokens), "different texts, none empty")
         fits = self.vocab_multiple == 1 or bool(self.new_tokens)
-        require(fits, "vocab_multiple", self.vocab_multiple, "expected 1 without new_tokens")
+        expect(fits, "vocab_multiple", self.vocab_multiple, "1 without new_tokens")
         try:
             fits = self.date is None or date.fromisoformat(self.date).isoformat() == self.date
         except (TypeError, ValueError):
             fits = False
-        require(fits, "date", self.date, "expected a day as 2026-01-31, or null")
+        expect(fits, "date", self.date, "a day as 2026-01-31, or null")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice
 from transom.checkpoints.files.layout import is_model
 from transom.checkpoints.files.location import find_model
 from transom.checkpoints.open_model import open_text
@@ -106,10 +106,10 @@ def open_finetune_set(
     require_kinds(kinds, finetune.objective)
     if is_model(location.model):
         most = read_args(location.model).max_seq_len
-        expected = f"expected at most {most}, the model's max_seq_len"
-        require(args.data.seq_len <= most, "data.seq_len", args.data.seq_len, expected)
+        expected = f"at most {most}, the model's max_seq_len"
+        expect(args.data.seq_len <= most, "data.seq_len", args.data.seq_len, expected)
     else:
-        require(args.data.seq_len >= 2, "data.seq_len", args.data.seq_len, "expected 2 or more")
+        expect(args.data.seq_len >= 2, "data.seq_len", args.data.seq_len, "2 or more")
     text = open_text(location, chat_template=finetune.template)
     tokenizer = text.tokenizer
     if finetune.new_tokens:

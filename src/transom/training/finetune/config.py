@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.base.files import shown_name
 from transom.base.yaml_files import read_yaml
 from transom.checkpoints.files.hub import is_hub_id
@@ -67,7 +67,7 @@ def finetune_args(
     defaults = defaults_for(model_args, small)
     for section in defaults:
         fits = isinstance(stated.get(section, {}), dict)
-        require(fits, section, stated.get(section), "expected a mapping of fields")
+        expect(fits, section, stated.get(section), "a mapping of fields")
     finetune = stated.get("finetune", {})
     adapter = given.get("finetune.method", finetune.get("method", "lora")) == "lora"
     if not adapter or "lora" in finetune:
@@ -81,9 +81,9 @@ def finetune_args(
     if data:
         base["data"]["sources"] = list(data)
     first = read_config(None, overrides, base=base)
-    require(bool(first.data.sources), "--data", None, f"expected a file, a folder or {EMBEDDED}")
-    fields = "expected the fields of fine-tuning; `transom train` continues on plain text"
-    require(first.finetune is not None, "finetune", None, fields)
+    expect(bool(first.data.sources), "--data", None, f"a file, a folder or {EMBEDDED}")
+    fields = "the fields of fine-tuning; `transom train` continues on plain text"
+    expect(first.finetune is not None, "finetune", None, fields)
     if "finetune.lora.rank" in given and "finetune.lora.alpha" not in given:
         overrides = [*overrides, f"finetune.lora.alpha={2 * first.finetune_settings.lora.rank}"]
     if "optimizer.lr" not in given and "lr" not in base["optimizer"]:
@@ -115,18 +115,15 @@ def resumed_args(
             return None
         run = Path(model)
     stored = read_config(run / "config.yaml")
-    expected = "expected with --resume a fine-tuning run, or its base"
-    require(stored.finetune is not None, "MODEL", str(run), expected)
+    expected = "with --resume a fine-tuning run, or its base"
+    expect(stored.finetune is not None, "MODEL", str(run), expected)
     if run != Path(model):
         base = Path(stored.base or "").resolve()
         same = model == stored.base or Path(model).resolve() in (base, *base.parents)
-        expected = f"expected with --resume of {run} its base, {stored.base}"
-        require(same, "MODEL", model, expected)
+        expect(same, "MODEL", model, f"with --resume of {run} its base, {stored.base}")
     sources = [source.path for source in stored.data.source_list]
     same = not data or list(data) == sources
-    require(
-        same, "--data", list(data), f"expected with --resume none, or that of the run: {sources}"
-    )
+    expect(same, "--data", list(data), f"with --resume none, or that of the run: {sources}")
     fields = merged(read_yaml(run / "config.yaml"), dict(config or {}))
     return read_config(None, [f"out={run}", *overrides], base=fields)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.files.generation_config import stop_tokens_of
 from transom.checkpoints.files.location import ModelLocation
@@ -197,7 +197,7 @@ def find_all(args: TrainArgs) -> tuple[list[Examples], list[Examples], dict[str,
     measured: list[Examples] = []
     hashes: dict[str, str] = {}
     paths = [source.path for source in args.data.source_list]
-    require(len(set(paths)) == len(paths), "data.sources", paths, "expected every set once")
+    expect(len(set(paths)) == len(paths), "data.sources", paths, "every set once")
     for source in args.data.source_list:
         require_whole(source, "fine-tuning")
         parts = split_examples(source.path, args.data.held_out)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice
 from transom.base.fields import write
 from transom.base.files import shown_name
 from transom.base.runtime import dtype_name
@@ -111,8 +111,8 @@ def finetune_model(folder: Path, args: TrainArgs, choice: DtypeChoice) -> tuple[
         if choice.ranks.divided and plain
         else load(folder, str(device), dtype, keep_quantized=keep)
     )
-    expected = "expected a language model without a head for fine-tuning"
-    require(model.args.head is None, "base", args.base, expected)
+    expected = "a language model without a head for fine-tuning"
+    expect(model.args.head is None, "base", args.base, expected)
     args.check_model(model.args)
     words = finetune.new_tokens
     tokenizer = add_tokens(model, load_tokenizer(folder), words, finetune.vocab_multiple)
@@ -167,7 +167,7 @@ def choose_weights(model: LLM, finetune: FinetuneArgs, seed: int, *, new_tokens:
     modules = list(finetune.lora.modules_to_save)
     if finetune.trains_router:
         fits = model.args.moe_args is not None
-        require(fits, "finetune.train_router", True, "expected a mixture of experts")
+        expect(fits, "finetune.train_router", True, "a mixture of experts")
         modules.append("router")
     if new_tokens:
         modules += ["tok_embeddings", *(["output"] if model.output is not None else [])]

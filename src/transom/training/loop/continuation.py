@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.base.fields import read, write
 from transom.base.files import read_json
 from transom.base.processes import launch_id
@@ -178,4 +178,4 @@ def check_as_begun(
         raise RequestError(f"{run}: the tokenizer of its latest step is not the one it began with")
     for field, now in (("steps", args.steps), ("data.batch_size", args.data.batch_size)):
         begun = value_at(facts["resolved"], field)
-        require(now == begun, field, now, f"expected {begun}, as in the run {run}")
+        expect(now == begun, field, now, f"{begun}, as in the run {run}")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.runtime import dtype_name
 from transom.layers.linear import Linear
 from transom.models.llm import LLM
@@ -58,10 +58,9 @@ def use_float8(model: LLM, device: torch.device, dtype: torch.dtype) -> int:
     Raises:
         RequestError: If the device has no such products, or the dtype is not bfloat16.
     """
-    expected = "expected false: only GPUs of capability 8.9 or more multiply 8-bit floats"
-    require(scaled.works(device), "float8", True, expected)
-    fits = dtype == torch.bfloat16
-    require(fits, "dtype", dtype_name(dtype), "expected bfloat16 with float8")
+    expected = "false: only GPUs of capability 8.9 or more multiply 8-bit floats"
+    expect(scaled.works(device), "float8", True, expected)
+    expect(dtype == torch.bfloat16, "dtype", dtype_name(dtype), "bfloat16 with float8")
     leaves = [
         leaf
         for leaf in model.layers.modules()

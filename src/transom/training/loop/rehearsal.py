@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.checkpoints.files.location import find_model
 from transom.checkpoints.read_args import read_args
 from transom.checkpoints.state import meta_model
@@ -71,15 +71,15 @@ def rehearse(args: TrainArgs, world_size: int) -> Rehearsal:
     Raises:
         RequestError: If the model or the batch cannot be divided in this way.
     """
-    require(world_size >= 1, "--rehearse", world_size, "expected 1 rank or more")
+    expect(world_size >= 1, "--rehearse", world_size, "1 rank or more")
     based = None if args.base is None else read_args(find_model(args.base).model)
     model_args = based or args.model_args(vocab_size=None)
     parallel = args.parallel.resolved(world_size)
     parallel.check_model(model_args)
     args.check_model(model_args)
     shares, size = parallel.rows * args.accumulate, args.data.rows_per_step
-    expected = f"expected a multiple of ranks with own rows x accumulate = {shares}"
-    require(size % shares == 0, "data.batch_size", size, expected)
+    expected = f"a multiple of ranks with own rows x accumulate = {shares}"
+    expect(size % shares == 0, "data.batch_size", size, expected)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         meshes = Meshes.make(parallel, "cpu")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.files import sha256_of
 from transom.chat.template import ChatTemplate
 from transom.config.layer_args import HeadArgs
@@ -104,7 +104,7 @@ def open_data(
 def _labelled(args: TrainArgs, head: HeadArgs, tokenizer: Tokenizer, ranks: Ranks) -> RunData:
     # Negatives are the other rows of a rank: cutting a step changes the loss.
     divisible = head.kind == "classification" or ranks.row_ranks == 1
-    require(divisible, "ranks", ranks.row_ranks, "expected 1 with an embedding head")
+    expect(divisible, "ranks", ranks.row_ranks, "1 with an embedding head")
     sources = args.data.source_list
     for source in sources:
         require_whole(source, "a model with a head")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.checkpoints.files.layout import Format, folder_format
 from transom.checkpoints.files.location import find_model, read_pointer
 from transom.checkpoints.load import load
@@ -90,8 +90,8 @@ def whole_model(base: str) -> Path:
         RequestError: If it is an adapter of another model.
     """
     found = find_model(base)
-    expected = "expected a whole model; `transom merge` makes one of a base and its adapter"
-    require(found.adapter is None, "base", base, expected)
+    expected = "a whole model; `transom merge` makes one of a base and its adapter"
+    expect(found.adapter is None, "base", base, expected)
     return found.model
 
 

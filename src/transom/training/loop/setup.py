@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from transom.base.errors import notice, require
+from transom.base.errors import expect, notice
 from transom.base.runtime import (
     bound_kernel_caches,
     dtype_name,
@@ -157,8 +157,7 @@ def _check_apart(args: TrainArgs) -> None:
     for field, name in (("base", args.base), ("finetune.teacher", teacher)):
         folder = None if name is None or not Path(name).exists() else Path(name).resolve()
         apart = folder is None or (folder != out and out not in folder.parents)
-        expected = f"expected a folder that neither is nor contains {field}, {name}"
-        require(apart, "out", args.out, expected)
+        expect(apart, "out", args.out, f"a folder that neither is nor contains {field}, {name}")
 
 
 def _with_scores(args: TrainArgs, rows_per_step: int) -> TrainArgs:

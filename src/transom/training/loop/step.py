@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, WorkError, notice, require
+from transom.base.errors import RequestError, WorkError, expect, notice
 from transom.base.interrupts import STOPS
 from transom.base.runtime import is_out_of_memory, memory_bytes, reset_peak_memory, synchronize
 from transom.data.batch import Batch
@@ -100,8 +100,7 @@ class Stepper:
         self.data, self.batches = parts.data, parts.data.batches
         self.stage = stage_of(self.model)
         usable = dtype != torch.float16 or self.device.type == "cuda"
-        expected = f"expected bfloat16 or float32 on {self.device.type}"
-        require(usable, "dtype", "float16", expected)
+        expect(usable, "dtype", "float16", f"bfloat16 or float32 on {self.device.type}")
         # Only float16 overflows in the backward pass. For other dtypes the scaler does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         args.optimizer.check_in_backward(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.data.batch import NO_TARGET, Batch
 from transom.evaluation.score import Score
 from transom.layers.inputs import TransformerOutput
@@ -84,13 +84,11 @@ def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer) -> None:
     if student.hash == teacher.hash:
         return
     own, size = student.vocab_size, teacher.vocab_size
-    expected = f"expected a teacher with the student's tokenizer, of {own:,} tokens"
-    require(own == size, "teacher's tokens", size, expected)
+    expected = f"a teacher with the student's tokenizer, of {own:,} tokens"
+    expect(own == size, "teacher's tokens", size, expected)
     for id in range(own):
         token, other = student.id_to_token(id), teacher.id_to_token(id)
-        require(
-            token == other, f"teacher's token {id}", other, f"expected the student's, {token!r}"
-        )
+        expect(token == other, f"teacher's token {id}", other, f"the student's, {token!r}")
     notice("teacher: its tokenizer has the student's tokens, but other rules to cut text into them")
 
 
@@ -118,7 +116,7 @@ class Distillation(Objective):
 
     def __post_init__(self) -> None:
         head = self.teacher.args.head
-        require(head is None, "teacher.head", head, "expected a language model")
+        expect(head is None, "teacher.head", head, "a language model")
         if self.teacher is self.model:
             raise RequestError("teacher: is the student itself; expected another model")
         own, size = self.model.args.vocab_size, self.teacher.args.vocab_size

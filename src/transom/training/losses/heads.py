@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.config.layer_args import HeadArgs
 from transom.data.labelled import EncodedText
 from transom.evaluation.score import Score
@@ -58,7 +58,7 @@ def contrastive_loss_sum(
         temperature: What products are divided by.
         first: Index of the first text among the pairs.
     """
-    require(temperature > 0, "temperature", temperature, "expected a number above 0")
+    expect(temperature > 0, "temperature", temperature, "a number above 0")
     own_B = torch.arange(first, first + len(text_BD), device=text_BD.device)
     scores_BP = _scores(text_BD, positive_PD) / temperature
     twins_BP = numbers_P[own_B, None] == numbers_P[None]
@@ -90,7 +90,7 @@ def score_head(model: LLM, rows: Sequence[EncodedText], temperature: float = 0.0
         RequestError: If the model has no head.
     """
     head = model.args.head
-    require(head is not None, "head", None, "expected a model with a head")
+    expect(head is not None, "head", None, "a model with a head")
     loss, right = 0.0, 0
     if not rows:
         return Score(unit="rows", sums={"accuracy": right})

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.base.runtime import evaluating
 from transom.data.batch import NO_TARGET
 from transom.layers.inputs import TransformerInput
@@ -81,11 +81,11 @@ def adapters_off(model: LLM) -> Iterator[None]:
         RequestError: If no adapter is active, since the model would be compared with itself.
     """
     names = active_adapters(model)
-    require(
+    expect(
         len(names) > 0,
         "adapter",
         None,
-        "expected a model with an active adapter, which can be switched off",
+        "a model with an active adapter, which can be switched off",
     )
     activate_adapters(model, ())
     try:

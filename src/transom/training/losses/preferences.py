@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.batches import padded_batch
 from transom.data.chat.turns import EncodedChat
@@ -152,11 +152,11 @@ class Preference(Objective):
 
     def __post_init__(self) -> None:
         self.kind = self.args.objective
-        expected = f"expected one of {', '.join(PREFERENCES)}"
-        require(self.kind in PREFERENCES, "finetune.objective", self.kind, expected)
+        expected = f"one of {', '.join(PREFERENCES)}"
+        expect(self.kind in PREFERENCES, "finetune.objective", self.kind, expected)
         # kto compares rows that are others in every step.
         fits = self.kind != "kto" or self.reference is None
-        require(fits, "reference", "log-probabilities", "expected adapters with kto")
+        expect(fits, "reference", "log-probabilities", "adapters with kto")
         if self.kind != "orpo" and self.reference is None:
             check_frozen_base(self.model, f"finetune.objective: got {self.kind!r}")
 
@@ -233,12 +233,12 @@ class Preference(Objective):
         """Refuse rows that this loss cannot compare."""
         if self.kind == "kto":
             labelled = "desirable" in batch.extras
-            require(labelled, "label", None, "expected true or false for each answer with kto")
+            expect(labelled, "label", None, "true or false for each answer with kto")
         else:
-            rows, expected = batch.rows_per_item, "expected a chosen and a rejected answer"
-            require(rows == 2, "answers per example", rows, expected)
-        expected = "expected 0 or 1: the probability of an answer has no weights"
-        require(batch.weights is None, "weight", "a fraction", expected)
+            rows = batch.rows_per_item
+            expect(rows == 2, "answers per example", rows, "a chosen and a rejected answer")
+        expected = "0 or 1: the probability of an answer has no weights"
+        expect(batch.weights is None, "weight", "a fraction", expected)
 
     def _reference(self, batch: Batch) -> Tensor:
         """Return the log-probability [B] of each row under the reference."""
@@ -255,7 +255,7 @@ class Preference(Objective):
     def _mismatched_gains(self, batches: Sequence[Batch]) -> Tensor:
         """Return how much the log-probability of each answer after another prompt has grown [B]."""
         rows = mismatched(batches, self.model.args.max_seq_len)
-        require(len(rows) > 1, "rows", len(rows), "expected 2 or more on each rank with kto")
+        expect(len(rows) > 1, "rows", len(rows), "2 or more on each rank with kto")
         gains = []
         for group in batches_by_length([len(row.ids) for row in rows], BATCH_TOKENS):
             batch = padded_batch([(rows[at],) for at in group]).to(self.model.device)

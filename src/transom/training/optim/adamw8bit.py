@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 
 BLOCK = 256  # elements that share one scale
 # A smaller state hardly takes memory, and the few large entries of a vector matter much.
@@ -120,8 +120,8 @@ class AdamW8bit(Optimizer):
         """Add a group of contiguous parameters, and make their state."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
-            contiguous, expected = parameter.is_contiguous(), "expected contiguous parameters"
-            require(contiguous, "stride", parameter.stride(), expected)
+            contiguous = parameter.is_contiguous()
+            expect(contiguous, "stride", parameter.stride(), "contiguous parameters")
             blocks, device = -(-parameter.numel() // BLOCK), parameter.device
             state = self.state[parameter]
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.fields import check_bounds, describe
 
 _RATE: dict[str, Any] = {"above": 0.0, "below": math.inf}
@@ -62,8 +62,8 @@ class OptimizerArgs:
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        require(self.name in ("adamw", "muon"), "name", self.name, "expected adamw or muon")
-        require(self.state_bits in (32, 8), "state_bits", self.state_bits, "expected 32 or 8")
+        expect(self.name in ("adamw", "muon"), "name", self.name, "adamw or muon")
+        expect(self.state_bits in (32, 8), "state_bits", self.state_bits, "32 or 8")
 
     def check_in_backward(
         self, accumulate: int = 1, *, ranks: int = 1, scaled: bool = False
@@ -83,4 +83,4 @@ class OptimizerArgs:
         }
         expected = " and ".join(words for words, wrong in needs.items() if wrong)
         refused = self.in_backward and bool(expected)
-        require(not refused, "optimizer.in_backward", self.in_backward, f"expected with {expected}")
+        expect(not refused, "optimizer.in_backward", self.in_backward, f"with {expected}")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 import torch
 from torch import Tensor, nn
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.distributed.parts import local_part
 from transom.training.optim.optimizers import require_alike
 
@@ -39,13 +39,13 @@ class Ema:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        require(0 < decay < 1, "ema_decay", decay, "expected a number above 0 and below 1, or null")
+        expect(0 < decay < 1, "ema_decay", decay, "a number above 0 and below 1, or null")
         self.decay = decay
         named = model.named_parameters()
         self._weights = {name: weight for name, weight in named if weight.requires_grad}
         for name, weight in self._weights.items():
             wide = torch.promote_types(weight.dtype, torch.float32) == weight.dtype
-            require(wide, f"dtype of {name}", str(weight.dtype), "expected float32 or wider")
+            expect(wide, f"dtype of {name}", str(weight.dtype), "float32 or wider")
         self._averages = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._raw: dict[str, Tensor] | None = None
 

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect, require
 from transom.distributed.matrices import MatrixExchange, MatrixPart, Region, parts_of, regions
 from transom.distributed.parts import local_part
 
@@ -60,7 +60,7 @@ def orthogonalize(x_NOI: Tensor, steps: int = 4, dtype: torch.dtype = torch.floa
     Raises:
         RequestError: If the shape or `steps` is wrong.
     """
-    require(x_NOI.ndim == 3, "shape", tuple(x_NOI.shape), "expected [N, out, in]")
+    expect(x_NOI.ndim == 3, "shape", tuple(x_NOI.shape), "[N, out, in]")
     coefficients = _coefficients(steps)
     x = x_NOI.to(torch.promote_types(x_NOI.dtype, torch.float32))
     norm_N11 = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(SMALLEST_NORM)
@@ -94,8 +94,7 @@ def matrices_per_batch(elements: int, device_type: str) -> int:
 
 
 def _coefficients(steps: int) -> list[tuple[float, float, float]]:
-    expected = f"expected 1 to {len(POLAR_EXPRESS)}"
-    require(1 <= steps <= len(POLAR_EXPRESS), "steps", steps, expected)
+    expect(1 <= steps <= len(POLAR_EXPRESS), "steps", steps, f"1 to {len(POLAR_EXPRESS)}")
     return [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS[:steps]]
 
 

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.config.model_args import ModelArgs
 from transom.training.optim.adamw8bit import SMALLEST_QUANTIZED, AdamW8bit
 from transom.training.optim.args import OptimizerArgs
@@ -194,7 +194,7 @@ class Optimizers:
 def require_alike(name: str, saved: Tensor, own: Tensor) -> None:
     """Refuse a saved tensor of another dtype or shape than one's own."""
     found, wanted = (saved.dtype, *saved.shape), (own.dtype, *own.shape)
-    require(found == wanted, name, found, f"expected {wanted} (dtype and shape)")
+    expect(found == wanted, name, found, f"{wanted} (dtype and shape)")
 
 
 class BackwardOptimizers(Optimizers):
@@ -280,8 +280,8 @@ def _optimizer(
         return Muon(groups, momentum=args.muon_momentum, steps=args.muon_steps, group=group)
     if kind == "adamw8bit":
         whole = _mesh(groups[0]["params"][0]) is None
-        expected = "expected 32 if ranks divide the weights, whose parts would cut 8-bit blocks"
-        require(whole, "optimizer.state_bits", 8, expected)
+        expected = "32 if ranks divide the weights, whose parts would cut 8-bit blocks"
+        expect(whole, "optimizer.state_bits", 8, expected)
         return AdamW8bit(groups, lr=args.lr, betas=args.betas, eps=args.eps)
     kernel = {"fused": True} if device_type in FUSED_DEVICES else {"foreach": True}
     adamw = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps, **kernel)

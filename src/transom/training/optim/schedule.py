@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from transom.base.errors import require
+from transom.base.errors import expect
 from transom.base.fields import check_bounds, describe
 
 Kind = Literal["wsd", "linear", "cosine", "constant"]
@@ -32,12 +32,12 @@ class ScheduleArgs:
     def __post_init__(self) -> None:
         check_bounds(self)
         kinds = get_args(Kind)
-        require(self.kind in kinds, "kind", self.kind, f"expected one of {', '.join(kinds)}")
+        expect(self.kind in kinds, "kind", self.kind, f"one of {', '.join(kinds)}")
         room = 1 - self.warmup
         # The slack admits pairs such as 0.3 and 0.7, whose sum is above 1 by rounding only.
         fits = self.kind != "wsd" or self.decay <= room + 1e-9
-        expected = f"expected at most {room:g}, the steps after warmup = {self.warmup:g}"
-        require(fits, "decay", self.decay, expected)
+        expected = f"at most {room:g}, the steps after warmup = {self.warmup:g}"
+        expect(fits, "decay", self.decay, expected)
 
 
 def lr_scale(step: int, total_steps: int, args: ScheduleArgs) -> float:
@@ -46,8 +46,8 @@ def lr_scale(step: int, total_steps: int, args: ScheduleArgs) -> float:
     Raises:
         RequestError: If `step` is not between 0 and `total_steps` - 1.
     """
-    require(total_steps >= 1, "total_steps", total_steps, "expected 1 or more")
-    require(0 <= step < total_steps, "step", step, f"expected 0 to {total_steps - 1}")
+    expect(total_steps >= 1, "total_steps", total_steps, "1 or more")
+    expect(0 <= step < total_steps, "step", step, f"0 to {total_steps - 1}")
     warmup_steps = max(1, round(args.warmup * total_steps)) if args.warmup > 0 else 0
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -17,7 +17,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, WorkError, nearest, require
+from transom.base.errors import RequestError, WorkError, expect, nearest, require
 from transom.training.rl.math_answers import check_reference, require_math_verify, same_value
 
 # What a row has beside its prompt: `answer` or `solution`, and other keys for your own functions.
@@ -112,10 +112,10 @@ def _imported(name: str, module: str, function: str, file: Path) -> RewardFuncti
             sys.path.remove(here)
     where = getattr(found, "__file__", None)
     fits = where is not None and Path(where).resolve() == file.resolve()
-    require(fits, "finetune.reward", name, f"expected a module with a name of its own ({where})")
+    expect(fits, "finetune.reward", name, f"a module with a name of its own ({where})")
     functions = {key: one for key, one in vars(found).items() if callable(one) and key[0] != "_"}
-    expected = f"expected a function of {file.name}{nearest(function, functions)}"
-    require(callable(getattr(found, function, None)), "finetune.reward", name, expected)
+    expected = f"a function of {file.name}{nearest(function, functions)}"
+    expect(callable(getattr(found, function, None)), "finetune.reward", name, expected)
     imported: RewardFunction = getattr(found, function)
     return imported
 
@@ -159,8 +159,8 @@ def accepted_answers(reference: Reference) -> list[str]:
     given = reference.get("answer", reference.get("solution"))
     answers = given if isinstance(given, list) else [given]
     fits = all(isinstance(one, (str, int, float)) and str(one).strip() for one in answers)
-    expected = "expected a text or a number, or a list of them, as answer or solution"
-    require(bool(answers) and fits, "answer", given, expected)
+    expected = "a text or a number, or a list of them, as answer or solution"
+    expect(bool(answers) and fits, "answer", given, expected)
     return [str(one) for one in answers]
 
 

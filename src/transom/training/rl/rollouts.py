@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, expect
 from transom.base.runtime import mixed_seed
 from transom.chat.template import ChatTemplate
 from transom.data.batch import NO_TARGET, Batch
@@ -93,8 +93,8 @@ def encode_questions(
         RequestError: An example cannot be encoded or judged, or no prompt leaves room.
     """
     room = seq_len - answer_tokens
-    expected = f"expected less than data.seq_len = {seq_len}, which prompt and answer share"
-    require(room >= 1, "finetune.answer_tokens", answer_tokens, expected)
+    expected = f"less than data.seq_len = {seq_len}, which prompt and answer share"
+    expect(room >= 1, "finetune.answer_tokens", answer_tokens, expected)
     rows, too_long = [], []
     for example in examples:
         try:
@@ -113,8 +113,8 @@ def encode_questions(
             rows.append(Question(example.id, ids, example.reference))
     if too_long and not rows and problems is None:
         least = min(too_long) + answer_tokens
-        expected = f"expected {least} or more, so that one of {len(too_long)} questions has room"
-        require(False, "data.seq_len", seq_len, expected)
+        expected = f"{least} or more, so that one of {len(too_long)} questions has room"
+        expect(False, "data.seq_len", seq_len, expected)
     return Questions(rows, len(too_long))
 
 

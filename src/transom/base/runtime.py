@@ -101,8 +101,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name == "auto":
         return torch.bfloat16 if bfloat16_is_fast(device.type) else torch.float32
-    if name not in DTYPES:
-        raise RequestError(f"dtype: got {name!r}; expected auto, {', '.join(DTYPES)}")
+    expect(name in DTYPES, "dtype", name, f"auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

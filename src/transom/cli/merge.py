@@ -93,7 +93,9 @@ def roles(folders: list[str]) -> tuple[str | None, list[str], Path]:
     *rest, out = folders
     base, adapters = (rest[0], rest[1:]) if len(rest) > 1 else (None, rest)
     if (Path(out) / ADAPTER_CONFIG).exists():
-        raise RequestError(f"OUT: got {out!r}, an adapter, which is never overwritten; expected {USAGE}")
+        raise RequestError(
+            f"OUT: got {out!r}, an adapter, which is never overwritten; expected {USAGE}"
+        )
     return base, adapters, Path(out)
 
 

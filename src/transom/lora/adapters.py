@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from transom.base.errors import RequestError
+from transom.base.errors import RequestError, expect
 from transom.layers.latent_attention import LatentAttention
 from transom.layers.linear import Linear
 from transom.lora.weights import LEAVES, Leaf, LoraWeights, Replacement, adapted_output
@@ -186,10 +186,7 @@ def refuse_merged(model: nn.Module, what: str) -> None:
 
 def _check_known(model: nn.Module, name: str) -> None:
     known = adapter_names(model)
-    if name not in known:
-        raise RequestError(
-            f"adapter: got {name!r}; expected {', '.join(known) or 'none, as there is none'}"
-        )
+    expect(name in known, "adapter", name, ", ".join(known) or "none, as there is none")
 
 
 def activate_adapters(model: nn.Module, names: Collection[str]) -> None:

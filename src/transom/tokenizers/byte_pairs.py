@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from transom.base.errors import RequestError
+from transom.base.errors import RequestError, expect
 from transom.tokenizers.backend import AddedToken, Frame, SpelledBackend, fingerprint_of
 
 if TYPE_CHECKING:
@@ -62,11 +62,9 @@ class BytePairBackend(SpelledBackend):
         self.size = len(ranks) + offset
         self.spell(added)
         # The library drops what no word of the pattern covers.
-        if self.decode(self.encode(PROBE)) != PROBE:
-            raise RequestError(
-                f"{source}: pattern: got {pattern[:60]!r}; expected one that covers "
-                f"all of the text {PROBE!r}"
-            )
+        covers = self.decode(self.encode(PROBE)) == PROBE
+        expected = f"one that covers all of the text {PROBE!r}"
+        expect(covers, f"{source}: pattern", pattern[:60], expected)
 
     def encode(self, text: str, first: bool = True) -> list[int]:
         """Return the ids of plain text, which do not depend on what precedes it."""

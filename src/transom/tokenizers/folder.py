@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, expect, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.base.files import json_object, read_bytes, read_json
 from transom.tokenizers.backend import TokenizerBackend
 from transom.tokenizers.token_files import ADDED_FILE, CONFIG_FILE, NAMED, SPECIALS_FILE, TokenFiles

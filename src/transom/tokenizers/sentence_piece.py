@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
-from transom.base.errors import RequestError, expect, require
+from transom.base.errors import RequestError, expect
 from transom.tokenizers.backend import AddedToken, SpelledBackend, fingerprint_of
 
 if TYPE_CHECKING:

@@ -90,8 +90,7 @@ def _ranks(vocabulary: list[Any], source: str) -> dict[bytes, int]:
 def _entry(data: Any, key: str, kind: type, where: str) -> Any:
     """Return `data[key]`, which must be of this kind."""
     value = data.get(key) if isinstance(data, dict) else None
-    if type(value) is not kind:
-        raise RequestError(f"{where}: {key}: got {value!r}; expected {_KINDS[kind]}")
+    expect(type(value) is kind, f"{where}: {key}", value, _KINDS[kind])
     return value
 
 

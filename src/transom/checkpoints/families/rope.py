@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transom.base.errors import expect, require
+from transom.base.errors import expect
 from transom.base.fields import write
 from transom.checkpoints.families.family import Fields, Keys, Option
 from transom.checkpoints.families.foreign_config import ForeignConfig

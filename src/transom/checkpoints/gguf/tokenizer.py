@@ -242,7 +242,7 @@ def _ids(metadata: Mapping[str, Any], count: int) -> dict[str, int]:
 def _value(metadata: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
     """Return a value of the metadata, which must be of this kind; None as default requires it."""
     value = metadata.get(f"{KEY}{name}", default)
-    expect(type(value) is kind, f"{KEY}{name}", value, f"{_KINDS[kind]}")
+    expect(type(value) is kind, f"{KEY}{name}", value, _KINDS[kind])
     return value
 
 

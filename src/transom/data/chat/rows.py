@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import RequestError, expect, notice, require
+from transom.base.errors import RequestError, expect, notice
 from transom.chat.built_in import fitting, named
 from transom.chat.fingerprint import template_hash
 from transom.chat.template import ChatTemplate

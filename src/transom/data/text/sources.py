@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from transom.base.errors import RequestError, expect, require, short_repr
+from transom.base.errors import RequestError, expect, short_repr
 from transom.base.fields import check_bounds, describe
 from transom.data.file_formats import open_bytes, readable, row_format
 from transom.data.row_files import read_rows

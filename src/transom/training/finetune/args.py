@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Literal
 
-from transom.base.errors import RequestError, expect, require
+from transom.base.errors import expect, require
 from transom.base.fields import check_bounds, describe
 from transom.data.chat.conversations import ExampleKind
 from transom.lora.args import LoraArgs
@@ -41,11 +41,12 @@ def require_kinds(kinds: Mapping[ExampleKind, str], objective: str) -> None:
         objective: The objective.
     """
     for kind, id in kinds.items():
-        if kind not in KINDS[objective]:
-            raise RequestError(
-                f"finetune.objective: got {objective!r}; expected "
-                f"{' or '.join(objectives_of(kind))} for {id}, a row of kind {kind}"
-            )
+        expect(
+            kind in KINDS[objective],
+            "finetune.objective",
+            objective,
+            f"{' or '.join(objectives_of(kind))} for {id}, a row of kind {kind}",
+        )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, expect
+from transom.base.errors import expect
 from transom.base.files import shown_name
 from transom.base.yaml_files import read_yaml
 from transom.checkpoints.files.hub import is_hub_id
@@ -159,8 +159,5 @@ def default_out(model: str) -> str:
     if is_packaged(model) or (not Path(model).exists() and is_hub_id(model)):
         return f"runs/{model.rpartition('/')[2]}-finetune"
     path = Path(model.rstrip("/"))
-    if not path.exists():
-        raise RequestError(
-            f"MODEL: got {str(path)!r}; expected a model or run folder, a GGUF file, or a hub id"
-        )
+    expect(path.exists(), "MODEL", str(path), "a model or run folder, a GGUF file, or a hub id")
     return f"{path}-finetune"

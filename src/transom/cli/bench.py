@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from transom.base.errors import expect
 from transom.checkpoints.describe_model import describe_model
 from transom.cli.main import emit_json, user_path
-from transom.cli.options import MODEL, add_fields, add_json, add_model, read_fields
+from transom.cli.options import MODEL, add_fields, add_json, add_model, option, read_fields
 from transom.inference.decode_args import DecodeArgs
 from transom.planning.tables import byte_words, flop_words, show, table
 
@@ -37,17 +37,16 @@ TITLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     add_model(parser, f"{MODEL}; or a config.json or a preset, with random weights")
-    add = parser.add_argument
     what = "tokens of a prompt; all are measured (default: 512)"
-    add("-p", "--prompt-length", type=int, nargs="+", default=[512], metavar="N", help=what)
+    option(parser, "-p --prompt-length N", what, int, nargs="+", default=[512])
     what = "tokens to generate after a prompt (default: 128)"
-    add("-n", "--new-tokens", type=int, default=128, metavar="N", help=what)
+    option(parser, "-n --new-tokens N", what, int, default=128)
     what = "prompts side by side; all are measured (default: 1)"
-    add("-b", "--batch-size", type=int, nargs="+", default=[1], metavar="N", help=what)
+    option(parser, "-b --batch-size N", what, int, nargs="+", default=[1])
     what = "measurements of each, after one to warm up (default: 3)"
-    add("-r", "--repetitions", type=int, default=3, metavar="N", help=what)
+    option(parser, "-r --repetitions N", what, int, default=3)
     add_fields(parser, DecodeArgs)
-    add("--picture", type=user_path, metavar="FILE.svg|png", help="draw the speeds, too")
+    option(parser, "--picture FILE.svg|png", "draw the speeds, too", user_path)
     add_json(parser)
 
 

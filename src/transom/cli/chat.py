@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transom.base.errors import RequestError, expect, notice
 from transom.cli.generate import add_generation, check_generation
 from transom.cli.main import user_path
-from transom.cli.options import add_model, opening, read_fields
+from transom.cli.options import add_model, opening, option, read_fields
 from transom.inference.decode_args import DecodeArgs
 from transom.inference.sampling import SamplingArgs
 
@@ -41,19 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_generation(parser)
     what = "an adapter folder, or a run of one, that /adapter can choose; may be repeated"
-    shape = "NAME=FOLDER"
-    parser.add_argument("--adapter", action="append", default=[], metavar=shape, help=what)
-    names = ("--system", "--system-prompt")
-    parser.add_argument(*names, default="", metavar="TEXT", help="text of the system message")
+    option(parser, "--adapter NAME=FOLDER", what, action="append", default=[])
+    option(parser, "--system --system-prompt TEXT", "text of the system message", default="")
     what = "beginning of every answer, which the model continues"
-    parser.add_argument("--prefill", default="", metavar="TEXT", help=what)
+    option(parser, "--prefill TEXT", what, default="")
     what = "a built-in template (llama3, chatml, ...), one of the folder's by name, or a file"
-    what += " (default: the folder's)"
-    parser.add_argument("--chat-template", type=user_path, metavar="NAME", help=what)
+    option(parser, "--chat-template NAME", f"{what} (default: the folder's)", user_path)
     what = 'JSON object of variables for the template, such as {"enable_thinking": false}'
-    parser.add_argument("--chat-template-config", metavar="JSON", help=what)
-    what = "continue one growing text, without a template"
-    parser.add_argument("--ignore-chat-template", action="store_true", help=what)
+    option(parser, "--chat-template-config JSON", what)
+    option(parser, "--ignore-chat-template", "continue one growing text, without a template")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transom.base.locks import output_folder
 from transom.cli.main import emit_json, user_path
-from transom.cli.options import MODEL, add_json
+from transom.cli.options import DTYPES, MODEL, add_json, add_revision, option
 
 FORMATS = ("hf", "native", "meta", "mistral")  # of folders
 
@@ -20,26 +20,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "mistral (params.json), gguf (llama.cpp), or exported (programs of torch.export); default: "
         "gguf if OUT ends in .gguf, else hf"
     )
-    dtype = (
-        "float32, bfloat16, float16 or float64; in a GGUF file also q8_0, q4_0 or q4_1 "
-        "(default: that of the files)"
-    )
-    size = "largest weights file of hf and native, such as 500MB (default: 5GB)"
-    parser.add_argument("source", type=user_path, metavar="SRC", help=MODEL)
-    parser.add_argument(
-        "out", type=user_path, metavar="OUT", help="a new or empty folder to write, or a .gguf file"
-    )
+    option(parser, "SRC", MODEL, user_path, dest="source")
+    option(parser, "OUT", "a new or empty folder to write, or a .gguf file", user_path)
     parser.add_argument("--format", choices=(*FORMATS, "awq", "gguf", "exported"), help=formats)
-    parser.add_argument("--dtype", help=dtype)
-    parser.add_argument("--max-shard-size", metavar="SIZE", help=size)
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    more = "in a GGUF file also q8_0, q4_0 or q4_1 (default: that of the files)"
+    option(parser, "--dtype DTYPE", f"{DTYPES}; {more}")
+    size = "largest weights file of hf and native, such as 500MB (default: 5GB)"
+    option(parser, "--max-shard-size SIZE", size)
+    add_revision(parser)
     kept = "in hf and native, keep weights in the codes of a quantized folder or a GGUF file"
-    parser.add_argument("--keep-quantized", action="store_true", help=kept)
+    option(parser, "--keep-quantized", kept)
     what = "exported: tokens per row that fit into the cache (default: max_seq_len, at most 2048)"
-    parser.add_argument("--context", type=int, metavar="N", help=what)
-    what = "exported: rows of every call (default: 1)"
-    parser.add_argument("--batch", type=int, metavar="B", help=what)
-    parser.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
+    option(parser, "--context N", what, int)
+    option(parser, "--batch B", "exported: rows of every call (default: 1)", int)
+    option(parser, "--overwrite", "replace the model in OUT")
     add_json(parser)
 
 

@@ -17,8 +17,8 @@ from transom.base.errors import expect, notice, require
 from transom.base.yaml_files import read_yaml
 from transom.cli.finetune import FLAGS, fields_of_flags
 from transom.cli.main import emit_json, user_path
-from transom.cli.options import add_json
-from transom.cli.runs import split_words
+from transom.cli.options import add_json, add_revision, option
+from transom.cli.runs import add_words, split_words
 from transom.planning.tables import counted, heading, pairs, show, table, visible
 from transom.tokenizers.stream import StreamDecoder
 
@@ -59,36 +59,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ".jsonl, .json or .parquet file, folder with train, valid and test files, name of the "
         "`datasets` library, or stdlib-docs: questions about Python's own library"
     )
-    parser.add_argument("data", type=user_path, metavar="DATA", help=data)
+    option(parser, "DATA", data, user_path)
     model = "folder, GGUF file, hub id or smollm2, whose tokenizer and chat template are used"
-    parser.add_argument("--model", required=True, type=user_path, metavar="FOLDER", help=model)
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument("--split", default="train", help="train (default), valid or test")
-    words = "CONFIG.yaml key=value"
-    parser.add_argument("words", nargs="*", type=user_path, metavar=words, help="as for finetune")
+    option(parser, "--model FOLDER", model, user_path, required=True)
+    add_revision(parser)
+    option(parser, "--split SPLIT", "train (default), valid or test", default="train")
+    add_words(parser, "as for finetune")
     which = "a built-in template, one of the folder's by name, or a file (finetune.template)"
-    parser.add_argument("--chat-template", type=user_path, metavar="NAME", help=which)
+    option(parser, "--chat-template NAME", which, user_path)
     turns = "which turns have loss (finetune.train_on; default: assistant)"
     parser.add_argument("--train-on", choices=("assistant", "all"), help=turns)
     longer = "what happens to longer rows (finetune.truncate; default: cut)"
     parser.add_argument("--truncate", choices=("cut", "drop"), help=longer)
-    for flag, field, kind, help in FLAGS:
-        names = ["--seq-len", flag] if flag == "--max-seq-length" else [flag]
+    for flag, field, kind, meaning in FLAGS:
         if flag != "--out":
-            meaning = f"as for finetune: {help} ({field})"
-            dest = flag[2:].replace("-", "_")
-            parser.add_argument(*names, dest=dest, type=kind, metavar="X", help=meaning)
+            names = f"--seq-len {flag}" if flag == "--max-seq-length" else flag
+            meaning, dest = f"as for finetune: {meaning} ({field})", flag[2:].replace("-", "_")
+            option(parser, f"{names} X", meaning, kind, dest=dest)
     index = "show: number of the example or packed row, from 0 (default: 0)"
-    parser.add_argument("--index", type=int, metavar="N", help=index)
-    packed = "show: print a row of several examples, as in training"
-    parser.add_argument("--packed", action="store_true", help=packed)
-    seed = "show --packed: seed of the packing (default: 0)"
-    parser.add_argument("--seed", type=int, metavar="N", help=seed)
-    out = "tokenize: folder or URL of tokens, for all parts"
-    parser.add_argument("--out", type=user_path, metavar="FOLDER", help=out)
-    workers = "tokenize: processes (default: as many as cores)"
-    parser.add_argument("--workers", type=int, metavar="N", help=workers)
-    parser.add_argument("--part", metavar="I/N", help="tokenize: make part I of N (default: 1/1)")
+    option(parser, "--index N", index, int)
+    option(parser, "--packed", "show: print a row of several examples, as in training")
+    option(parser, "--seed N", "show --packed: seed of the packing (default: 0)", int)
+    option(parser, "--out FOLDER", "tokenize: folder or URL of tokens, for all parts", user_path)
+    option(parser, "--workers N", "tokenize: processes (default: as many as cores)", int)
+    option(parser, "--part I/N", "tokenize: make part I of N (default: 1/1)")
     add_json(parser)
 
 

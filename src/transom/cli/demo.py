@@ -16,6 +16,7 @@ from typing import Any
 from transom.base.errors import WorkError, expect
 from transom.base.interrupts import Background
 from transom.cli.main import emit_json
+from transom.cli.options import option
 from transom.cli.runs import add_run_options, names_of, run_training
 from transom.training.config import read_config
 from transom.training.effects import check_effects
@@ -68,7 +69,7 @@ CONFIG: dict[str, Any] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     what = "a field and its value, as for `transom train`"
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=what)
+    option(parser, "key=value", what, dest="overrides", nargs="*")
     add_run_options(parser)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transom.base.errors import RequestError, expect, notice
 from transom.cli.main import emit_json, user_path
-from transom.cli.options import add_json, add_model, add_offloading, opening
+from transom.cli.options import add_json, add_model, add_offloading, opening, option
 from transom.planning.tables import counted
 
 OUT_SUFFIXES = (".safetensors", ".npy")
@@ -19,18 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     add_model(parser)
     add_offloading(parser)
-    what = "a text to read; may be repeated"
-    parser.add_argument("-t", "--text", action="append", default=[], metavar="TEXT", help=what)
+    option(parser, "-t --text TEXT", "a text to read; may be repeated", action="append", default=[])
     what = "file of texts: one per line, or .jsonl, .json, .parquet; - reads standard input"
-    parser.add_argument("-i", "--input", type=user_path, metavar="FILE", help=what)
+    option(parser, "-i --input FILE", what, user_path)
     what = "mean over the tokens of a text, or its last token (default: the folder's, or mean)"
     parser.add_argument("--pooling", choices=("mean", "last"), help=what)
-    parser.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
-    what = "write float32 vectors to FILE.safetensors or FILE.npy"
-    parser.add_argument("--out", type=user_path, metavar="FILE", help=what)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing file of --out"
-    )
+    option(parser, "--normalize", "scale vectors to length 1")
+    option(parser, "--out FILE", "write float32 vectors to FILE.safetensors or FILE.npy", user_path)
+    option(parser, "--overwrite", "replace an existing file of --out")
     add_json(parser)
 
 

@@ -16,11 +16,16 @@ from transom.base.errors import RequestError, expect, require
 from transom.base.files import json_text, write_text
 from transom.cli.main import emit_json, user_path
 from transom.cli.options import (
+    DEVICES,
+    DTYPES,
     MODEL,
+    add_json,
     add_keep_quantized,
     add_offloading,
+    add_revision,
     check_model,
     offloading,
+    option,
 )
 from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.task_data import open_data
@@ -35,54 +40,49 @@ WORDS = {
 FOR_DATA = ("window", "stride", "max_new_tokens", "stop", "extract", "ignore_case", "rows")
 FOR_TASKS = ("include_path", "num_fewshot", "apply_chat_template")
 OPENING = ("revision", "device", "dtype", "chat_template", "keep_quantized")
-# Flags with a value: names, type, word for the value, help.
-FLAGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
-    (("--revision",), str, "NAME", "branch, tag or commit of a hub id"),
-    (("--tasks",), str, "NAMES", "tasks of lm-evaluation-harness, separated by commas"),
-    (("--include-path",), user_path, "DIR", "with --tasks: a folder of more tasks"),
-    (("--num-fewshot",), int, "N", "with --tasks: examples before each question"),
-    (("--limit",), int, "N", "use only the first N documents or rows of each"),
-    (("--window",), int, "N", "for text: tokens of context (default: max_seq_len, 4096 at most)"),
-    (("--stride",), int, "N", "for text: tokens between windows (default: half a window)"),
-    (("--extract",), str, "REGEX", "for answers: compare only the last match, or its group"),
-    (
-        ("-m", "--max-tokens", "--max-new-tokens"),
-        int,
-        "N",
-        f"for answers: maximum number of new tokens (default: {EvalArgs.max_new_tokens})",
-    ),
-    (("--stop",), str, "TEXT", "for answers: end before TEXT; may be repeated"),
-    (("--chat-template",), user_path, "NAME", "a built-in template, one of the folder, or a file"),
-    (("--batch-tokens",), int, "N", "tokens per forward pass (default: 4096)"),
-    (("--device",), str, "NAME", "auto, cpu, cuda, cuda:N or mps (default: auto)"),
-    (("--dtype",), str, "NAME", "float32, bfloat16, float16 or float64 (default: of the files)"),
-    (("--out",), user_path, "FILE", "write the results as JSON"),
-    (("--rows",), user_path, "FILE", "write the result of each document or row as JSON lines"),
-)
-SWITCHES = (
-    ("--apply-chat-template", "with --tasks: write prompts with the chat template"),
-    ("--ignore-case", "for answers: ignore upper and lower case"),
-    ("--overwrite", "replace existing files of --out and --rows"),
-    ("--json", "print one JSON document as the last line"),
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    parser.add_argument("model", nargs="?", type=user_path, metavar="MODEL", help=MODEL)
+    option(parser, "MODEL", MODEL, user_path, nargs="?")
     what = "compare two models on the same data, instead of MODEL"
     parser.add_argument("--compare", nargs=2, type=user_path, metavar=("A", "B"), help=what)
     what = "text (files, folders, globs), or .jsonl of questions with choices or answers"
-    parser.add_argument("--data", nargs="+", action="extend", default=[], metavar="DATA", help=what)
-    for names, kind, word, meaning in FLAGS:
-        action = "append" if names == ("--stop",) else "store"
-        dest = names[-1][2:].replace("-", "_")
-        parser.add_argument(*names, dest=dest, type=kind, metavar=word, help=meaning, action=action)
-    parser.set_defaults(device="auto", batch_tokens=EvalArgs.batch_tokens, stop=[])
+    option(parser, "--data DATA", what, nargs="+", action="extend", default=[])
+    option(parser, "--tasks NAMES", "tasks of lm-evaluation-harness, separated by commas")
+    option(parser, "--include-path DIR", "with --tasks: a folder of more tasks", user_path)
+    option(parser, "--num-fewshot N", "with --tasks: examples before each question", int)
+    what = "with --tasks: write prompts with the chat template"
+    option(parser, "--apply-chat-template", what)
+    option(parser, "--limit N", "use only the first N documents or rows of each", int)
+    what = "for text: tokens of context (default: max_seq_len, 4096 at most)"
+    option(parser, "--window N", what, int)
+    option(parser, "--stride N", "for text: tokens between windows (default: half a window)", int)
+    what = "for answers: compare only the last match, or its group"
+    option(parser, "--extract REGEX", what)
+    option(parser, "--ignore-case", "for answers: ignore upper and lower case")
+    what = f"for answers: maximum number of new tokens (default: {EvalArgs.max_new_tokens})"
+    names = "-m --max-tokens --max-new-tokens"
+    option(parser, f"{names} N", what, int, dest="max_new_tokens")
+    what = "for answers: end before TEXT; may be repeated"
+    option(parser, "--stop TEXT", what, action="append", default=[])
+    what = "a built-in template, one of the folder, or a file"
+    option(parser, "--chat-template NAME", what, user_path)
+    most = EvalArgs.batch_tokens
+    option(
+        parser, "--batch-tokens N", f"tokens per forward pass (default: {most})", int, default=most
+    )
+    add_revision(parser)
+    option(parser, "--device DEVICE", f"{DEVICES} (default: auto)", default="auto")
+    option(parser, "--dtype DTYPE", f"{DTYPES} (default: of the files)")
     add_keep_quantized(parser)
     add_offloading(parser)
-    for name, meaning in SWITCHES:
-        parser.add_argument(name, action="store_true", help=meaning)
+    option(parser, "--out FILE", "write the results as JSON", user_path)
+    option(
+        parser, "--rows FILE", "write the result of each document or row as JSON lines", user_path
+    )
+    option(parser, "--overwrite", "replace existing files of --out and --rows")
+    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,7 +8,15 @@ from typing import Any
 
 from transom.base.yaml_files import read_yaml
 from transom.cli.main import emit_json, user_path
-from transom.cli.runs import add_run_options, field_lines, names_of, run_training, split_words
+from transom.cli.options import option
+from transom.cli.runs import (
+    add_run_options,
+    add_words,
+    field_lines,
+    names_of,
+    run_training,
+    split_words,
+)
 from transom.training.config import TrainArgs
 from transom.training.effects import check_effects
 from transom.training.finetune.args import FinetuneArgs
@@ -48,18 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "[--nproc N] [--json]"
     )
     base = "model or run folder, GGUF file, hub id, or smollm2, to start from"
-    parser.add_argument("model", type=user_path, metavar="MODEL", help=base)
-    words, meaning = "CONFIG.yaml key=value", "config file, then fields"
-    parser.add_argument("words", nargs="*", type=user_path, metavar=words, help=meaning)
+    option(parser, "MODEL", base, user_path)
+    add_words(parser, "config file, then fields")
     data = (
         ".jsonl, .json or .parquet file, folder with train and valid files, or "
         f"{EMBEDDED}: questions about this machine's Python library; may be repeated"
     )
-    parser.add_argument(
-        "--data", action="append", default=[], type=user_path, metavar="FILE", help=data
-    )
+    option(parser, "--data FILE", data, user_path, action="append", default=[])
     for flag, field, kind, meaning in FLAGS:
-        parser.add_argument(flag, type=kind, metavar="X", help=f"{meaning} ({field})")
+        option(parser, f"{flag} X", f"{meaning} ({field})", kind)
     add_run_options(parser)
     fields = "\n".join(field_lines(FinetuneArgs, "finetune."))
     parser.epilog = f"fields, each as key=value (unit, default):\n\n{fields}"

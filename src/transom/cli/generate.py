@@ -16,6 +16,7 @@ from transom.cli.options import (
     add_offloading,
     check_model,
     opening,
+    option,
     read_fields,
 )
 from transom.inference.decode_args import DecodeArgs
@@ -33,12 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     add_model(parser)
     what = "text to continue; - reads standard input; may be repeated, for a batch"
-    parser.add_argument("-p", "--prompt", action="append", required=True, metavar="TEXT", help=what)
+    option(parser, "-p --prompt TEXT", what, action="append", required=True)
     add_generation(parser)
     what = "read control tokens such as <|im_start|> in prompts, which are plain text otherwise"
-    parser.add_argument("--special", action="store_true", help=what)
-    what = "print how long each part of a token takes"
-    parser.add_argument("--profile", action="store_true", help=what)
+    option(parser, "--special", what)
+    option(parser, "--profile", "print how long each part of a token takes")
     add_json(parser)
 
 
@@ -46,17 +46,15 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     """Add the options that `generate` and `chat` share."""
     add_offloading(parser)
     what = "maximum number of new tokens (default: 128, or what the model's context leaves)"
-    parser.add_argument("-m", "--max-tokens", type=int, metavar="N", help=what)
+    option(parser, "-m --max-tokens N", what, int)
     add_fields(parser, SamplingArgs)
     add_fields(parser, DecodeArgs)
     what = "a smaller model of the same vocabulary, which proposes tokens: the same text, sooner"
-    parser.add_argument("--draft-model", type=user_path, metavar="FOLDER", help=what)
+    option(parser, "--draft-model FOLDER", what, user_path)
     what = "end before this text, as before the stop_strings of the folder; may be repeated"
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=what)
-    what = "print control tokens, also the one that ends the text"
-    parser.add_argument("--show-special", action="store_true", help=what)
-    what = "continue after the model's own stop tokens"
-    parser.add_argument("--ignore-eos", action="store_true", help=what)
+    option(parser, "--stop TEXT", what, action="append", default=[])
+    option(parser, "--show-special", "print control tokens, also the one that ends the text")
+    option(parser, "--ignore-eos", "continue after the model's own stop tokens")
 
 
 def check_generation(options: argparse.Namespace) -> None:

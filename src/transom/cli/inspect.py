@@ -20,7 +20,9 @@ from transom.cli.options import (
     add_fields,
     add_keep_quantized,
     add_offloading,
+    add_revision,
     offloading,
+    option,
 )
 from transom.config.presets import PRESETS
 from transom.inference.decode_args import DEFAULT, MAX_CONTEXT, DecodeArgs
@@ -54,25 +56,24 @@ MEMORY_FLAGS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     what = f"{MODEL}, config.json, params.json, or a preset: {', '.join(PRESETS)}"
-    add = parser.add_argument
-    add("model", type=user_path, metavar="MODEL", help=what)
-    what = "a second model or run to compare with"
-    add("other", nargs="?", type=user_path, metavar="OTHER", help=what)
-    add("--revision", help="branch, tag or commit of a hub id")
-    add("--length", type=int, help="sequence length in tokens (default: max_seq_len)")
-    add("--json", action="store_true", help="print one JSON document with exact numbers, no tables")
-    add("--trace", metavar="TEXT", help="run the model on TEXT and show what every layer computes")
+    option(parser, "MODEL", what, user_path)
+    option(parser, "OTHER", "a second model or run to compare with", user_path, nargs="?")
+    add_revision(parser)
+    option(parser, "--length LENGTH", "sequence length in tokens (default: max_seq_len)", int)
+    option(parser, "--json", "print one JSON document with exact numbers, no tables")
+    option(parser, "--trace TEXT", "run the model on TEXT and show what every layer computes")
     what = "show what will be in memory while the model generates, and what would fit; load nothing"
-    add("--memory", action="store_true", help=what)
+    option(parser, "--memory", what)
     what = "tokens per row of --memory (default: max_seq_len, at most 8192)"
-    add("--context", type=int, metavar="N", help=what)
-    add("--batch", type=int, metavar="B", help="rows of --memory (default: 1)")
-    add("--draft-model", type=user_path, metavar="MODEL", help="a draft model for --memory")
+    option(parser, "--context N", what, int)
+    option(parser, "--batch B", "rows of --memory (default: 1)", int)
+    option(parser, "--draft-model MODEL", "a draft model for --memory", user_path)
     add_keep_quantized(parser)
     add_offloading(parser)
     add_fields(parser, DecodeArgs, ("kv_bits", "prefill_step_size"))
-    add("--device", help="device of --trace or --memory: cpu, cuda, mps or auto (default: cpu)")
-    add("--dtype", help="dtype in --trace or --memory (default: that of the files)")
+    what = "device of --trace or --memory: cpu, cuda, mps or auto (default: cpu)"
+    option(parser, "--device DEVICE", what)
+    option(parser, "--dtype DTYPE", "dtype in --trace or --memory (default: that of the files)")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from transom.checkpoints.files.hub import is_hub_id
 from transom.checkpoints.files.layout import ADAPTER_CONFIG
 from transom.cli.convert import FORMATS
 from transom.cli.main import emit_json, user_path
+from transom.cli.options import DTYPES, option
 from transom.lora.args import METHODS, CombineArgs
 from transom.planning.tables import heading, show, table
 
@@ -35,23 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "text to measure on: a file, folder or glob (default: the held-out examples of the run, "
         "or else Python's language reference)"
     )
-    dtype = "float32, bfloat16, float16 or float64 (default: that of the base's files)"
-    parser.add_argument("folders", nargs="+", type=user_path, metavar="FOLDER", help=folders)
+    option(parser, "FOLDER", folders, user_path, dest="folders", nargs="+")
     parser.add_argument("--method", choices=METHODS, default="linear", help=method)
-    for flag, kind, name, what in (
-        ("--weights", str, "X,X", "a factor for each adapter (default: 1)"),
-        ("--density", float, "X", "ties, dare: share of the numbers to keep (default: 0.5)"),
-        ("--seed", int, "N", "dare: seed of the random choice (default: 0)"),
-        ("--data", user_path, "FILE", data),
-        ("--tokens", int, "N", "number of tokens to measure on (default: 4096)"),
-    ):
-        parser.add_argument(flag, type=kind, metavar=name, help=what)
+    option(parser, "--weights X,X", "a factor for each adapter (default: 1)")
+    what = "ties, dare: share of the numbers to keep (default: 0.5)"
+    option(parser, "--density X", what, float)
+    option(parser, "--seed N", "dare: seed of the random choice (default: 0)", int)
+    option(parser, "--data FILE", data, user_path)
+    option(parser, "--tokens N", "number of tokens to measure on (default: 4096)", int)
     parser.add_argument("--format", choices=FORMATS, help="format of OUT (default: the base's)")
-    parser.add_argument("--dtype", help=dtype)
+    option(parser, "--dtype DTYPE", f"{DTYPES} (default: that of the base's files)")
     device = "device to merge and measure on, in float32 (default: cpu)"
-    parser.add_argument("--device", default="cpu", help=device)
-    parser.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
-    parser.add_argument("--json", action="store_true", help="print the report as the last line")
+    option(parser, "--device DEVICE", device, default="cpu")
+    option(parser, "--overwrite", "replace the model in OUT")
+    option(parser, "--json", "print the report as the last line")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MODEL = "a model or adapter folder of any format, a GGUF file, a run folder, a hub id, or smollm2"
 KEPT = "keep weights in the codes of the files: less memory (default: all but those of GGUF files)"
+DEVICES = "auto, cpu, cuda, cuda:N or mps"
+DTYPES = "float32, bfloat16, float16 or float64"
 ALIASES = {  # other names of flags
     "temperature": ("--temp",),
     "group": ("--group-size",),
@@ -27,15 +29,44 @@ ALIASES = {  # other names of flags
 }
 
 
+def option(
+    parser: argparse.ArgumentParser | argparse._MutuallyExclusiveGroup,
+    usage: str,
+    what: str,
+    kind: Callable[[str], Any] = str,
+    **more: Any,
+) -> None:
+    """Add an option or argument to a parser.
+
+    Args:
+        parser: The parser, or a group of options that exclude each other.
+        usage: The names, then the word for the value: `-p --prompt TEXT`. A switch has no such
+            word, and an argument nothing else; its name is that word in lower case.
+        what: The help text.
+        kind: What makes the value of its text.
+        **more: Further arguments of `add_argument`; `dest` is also the name of an argument.
+    """
+    names = [name for name in usage.split() if name.startswith("-")]
+    word = " ".join(usage.split()[len(names) :])
+    if not word:
+        parser.add_argument(*names, action="store_true", help=what, **more)
+        return
+    names = names or [more.pop("dest", word.lower())]
+    parser.add_argument(*names, type=kind, metavar=word, help=what, **more)
+
+
 def add_model(parser: argparse.ArgumentParser, what: str = MODEL) -> None:
     """Add the options that say which model is opened and where: those of `opening`."""
-    parser.add_argument("folder", type=user_path, metavar="FOLDER", help=what)
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    devices = "auto, cpu, cuda, cuda:N or mps (default: auto)"
-    parser.add_argument("--device", default="auto", help=devices)
-    dtypes = "float32, bfloat16, float16 or float64 (default: that of the files)"
-    parser.add_argument("--dtype", help=dtypes)
+    option(parser, "FOLDER", what, user_path)
+    add_revision(parser)
+    option(parser, "--device DEVICE", f"{DEVICES} (default: auto)", default="auto")
+    option(parser, "--dtype DTYPE", f"{DTYPES} (default: that of the files)")
     add_keep_quantized(parser)
+
+
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """Add `--revision`."""
+    option(parser, "--revision REVISION", "branch, tag or commit of a hub id")
 
 
 def add_keep_quantized(parser: argparse.ArgumentParser) -> None:
@@ -59,10 +90,10 @@ def opening(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_offloading(parser: argparse.ArgumentParser) -> None:
     """Add the options of `offloading`, which `opening` reads too."""
-    what = "cpu or disk: stream the layers that do not fit into memory from there"
-    parser.add_argument("--offload", metavar="FROM", help=what)
-    what = "with --offload: memory to use, such as 6GiB (default: what is left)"
-    parser.add_argument("--max-memory", metavar="SIZE", help=what)
+    streams = "cpu or disk: stream the layers that do not fit into memory from there"
+    option(parser, "--offload FROM", streams)
+    most = "with --offload: memory to use, such as 6GiB (default: what is left)"
+    option(parser, "--max-memory SIZE", most)
 
 
 def offloading(options: argparse.Namespace, **more: int) -> Offload | None:
@@ -78,8 +109,7 @@ def offloading(options: argparse.Namespace, **more: int) -> Offload | None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add `--json`."""
-    what = "print one JSON document as the last line"
-    parser.add_argument("--json", action="store_true", help=what)
+    option(parser, "--json", "print one JSON document as the last line")
 
 
 def add_fields(

@@ -5,46 +5,43 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transom.base.locks import output_folder
 from transom.cli.main import emit_json, user_path
-from transom.cli.options import MODEL, add_fields, add_json, read_fields
+from transom.cli.options import DEVICES, MODEL, add_fields, add_json, option, read_fields
 from transom.planning.tables import byte_words, heading, show, table
 from transom.quantize.args import QuantizeArgs
 
-# Name, type, word for the value, default and help.
-FLAGS: tuple[tuple[str, Any, str, Any, str], ...] = (
+# Usage, type, default and help.
+FLAGS: tuple[tuple[str, Callable[[str], Any], Any, str], ...] = (
     (
-        "--calibration",
+        "--calibration DATA",
         user_path,
-        "DATA",
         "stdlib-docs",
-        "for gptq, awq and a budget: a text file, "
-        "folder or glob, rows as for finetune, or a name of `datasets`",
+        "for gptq, awq and a budget: a text file, folder or glob, rows as for finetune, or a name "
+        "of `datasets`",
     ),
-    ("--calibration-rows", int, "N", 64, "rows of 512 tokens of it"),
+    ("--calibration-rows N", int, 64, "rows of 512 tokens of it"),
     (
-        "--held-out",
+        "--held-out DATA",
         user_path,
-        "DATA",
         None,
         "what to measure on, as --calibration (default: Python's language reference)",
     ),
-    ("--held-out-tokens", int, "N", 16_384, "tokens of it; 0: do not measure"),
-    ("--format", str, "NAME", "hf", "format of OUT: hf (Hugging Face) or native (Transom)"),
+    ("--held-out-tokens N", int, 16_384, "tokens of it; 0: do not measure"),
+    ("--format NAME", str, "hf", "format of OUT: hf (Hugging Face) or native (Transom)"),
     (
-        "--dtype",
+        "--dtype NAME",
         str,
-        "NAME",
         None,
-        "dtype of scales and of weights that stay dense (default: that "
-        "of the files if it has 16 bits, else float16)",
+        "dtype of scales and of weights that stay dense (default: that of the files if it has 16 "
+        "bits, else float16)",
     ),
-    ("--device", str, "NAME", "auto", "auto, cpu, cuda, cuda:N or mps"),
-    ("--revision", str, "NAME", None, "branch, tag or commit of a hub id"),
+    ("--device NAME", str, "auto", DEVICES),
+    ("--revision NAME", str, None, "branch, tag or commit of a hub id"),
 )
 SCORES = {"bits_per_byte": ".4f", "kl": ".4f", "top1_agreement": ".1%"}
 COLUMNS = ("bits per byte", "KL, nats per token", "same first choice", "size", "bits per weight")
@@ -52,21 +49,20 @@ COLUMNS = ("bits per byte", "KL, nats per token", "same first choice", "size", "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    add = parser.add_argument
-    add("model", type=user_path, metavar="MODEL", help=MODEL)
-    add("out", type=user_path, metavar="OUT", help="a new or empty folder to write")
+    option(parser, "MODEL", MODEL, user_path)
+    option(parser, "OUT", "a new or empty folder to write", user_path)
     add_fields(parser, QuantizeArgs, kind="int4", method="gptq")
-    for name, kind, word, default, what in FLAGS:
+    for usage, kind, default, what in FLAGS:
         shown = "" if default is None else f" (default: {default})"
-        add(name, type=kind, metavar=word, default=default, help=what + shown)
-    add("--overwrite", action="store_true", help="replace the model in OUT")
+        option(parser, usage, what + shown, kind, default=default)
+    option(parser, "--overwrite", "replace the model in OUT")
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Quantize, and print the receipt."""
     args, out = read_fields(options, QuantizeArgs), Path(options.out)
-    names = [name.removeprefix("--").replace("-", "_") for name, *_ in FLAGS]
+    names = [usage.split()[0].removeprefix("--").replace("-", "_") for usage, *_ in FLAGS]
     given = {name: getattr(options, name) for name in names}
     with output_folder(out, options.overwrite):
         from transom.evaluation.quantizing import quantize_folder

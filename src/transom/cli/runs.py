@@ -18,7 +18,8 @@ from transom.base.fields import field_types, write
 from transom.base.interrupts import STOPS
 from transom.base.locks import FolderLock
 from transom.base.processes import RESTARTS, rank, restarts, world_size
-from transom.cli.options import add_json
+from transom.cli.main import user_path
+from transom.cli.options import add_json, option
 from transom.config.model_args import ModelArgs
 from transom.training.config import TrainArgs
 
@@ -33,18 +34,21 @@ RESUME = "--resume continues it"
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a run."""
     again = parser.add_mutually_exclusive_group()
-    what = "replace an earlier run in the same folder"
-    again.add_argument("--overwrite", action="store_true", help=what)
-    what = "continue the run exactly from its latest step"
-    again.add_argument("--resume", action="store_true", help=what)
+    option(again, "--overwrite", "replace an earlier run in the same folder")
+    option(again, "--resume", "continue the run exactly from its latest step")
     what = "measure the time of each part of the first N steps"
-    parser.add_argument("--profile", type=int, default=0, metavar="N", help=what)
-    parser.add_argument("--quiet", action="store_true", help="print no progress on standard error")
+    option(parser, "--profile N", what, int, default=0)
+    option(parser, "--quiet", "print no progress on standard error")
     what = "start N processes on this machine, which share the run as `parallel` says"
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help=what)
+    option(parser, "--nproc N", what, int, default=1)
     what = "if a process fails, start all of them again from the latest checkpoint, N times at most"
-    parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help=what)
+    option(parser, "--max-restarts N", what, int, default=0)
     add_json(parser)
+
+
+def add_words(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the words that `split_words` reads."""
+    option(parser, "CONFIG.yaml key=value", what, user_path, dest="words", nargs="*")
 
 
 def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer, Score, int]:

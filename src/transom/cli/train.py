@@ -5,8 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from transom.cli.main import emit_json, user_path
-from transom.cli.runs import add_run_options, field_lines, names_of, run_training, split_words
+from transom.cli.main import emit_json
+from transom.cli.options import option
+from transom.cli.runs import (
+    add_run_options,
+    add_words,
+    field_lines,
+    names_of,
+    run_training,
+    split_words,
+)
 from transom.training.config import TrainArgs, read_config
 from transom.training.effects import check_effects
 
@@ -18,11 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "transom train [CONFIG.yaml | RUN] [key=value ...] [--overwrite | --resume] "
         "[--nproc N] [--profile N] [--json]"
     )
-    words, what = "CONFIG.yaml key=value", "config file or run folder, then fields"
-    parser.add_argument("words", nargs="*", type=user_path, metavar=words, help=what)
+    add_words(parser, "config file or run folder, then fields")
     add_run_options(parser)
     what = "print what one of N ranks needs and sends in a step, without data and other ranks"
-    parser.add_argument("--rehearse", type=int, metavar="N", help=what)
+    option(parser, "--rehearse N", what, int)
     fields = "\n".join(field_lines(TrainArgs))
     parser.epilog = f"fields of CONFIG.yaml, each also as key=value (unit, default):\n\n{fields}"
 

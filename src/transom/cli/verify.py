@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transom.cli.main import emit_json, user_path
+from transom.cli.options import option
 from transom.planning.tables import counted, heading, show, table
 from transom.verify.checks import CHECKS, valid_with
 from transom.verify.checks import run as run_check
@@ -22,16 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     checks = [f"  {check.name:10}  {check.compares}" for check in CHECKS.values()]
     parser.epilog = "\n".join(["checks:", *checks])
-    parser.add_argument("check", nargs="?", metavar="CHECK", help="a check of the list below")
-    parser.add_argument(
-        "model",
-        nargs="?",
-        type=user_path,
-        metavar="MODEL",
-        help="model or run folder, GGUF file, hub id, smollm2, preset, or the config of a model or "
+    option(parser, "CHECK", "a check of the list below", nargs="?")
+    model = (
+        "model or run folder, GGUF file, hub id, smollm2, preset, or the config of a model or "
         "run in YAML or JSON. The check runs on a small copy of it; checkpoint, merge, policy and "
-        "finetune run the folder as it is (default: built-in models)",
+        "finetune run the folder as it is (default: built-in models)"
     )
+    option(parser, "MODEL", model, user_path, nargs="?")
     words: dict[str, tuple[str, Callable[[str], Any]]] = {
         "length": ("longest sequence in tokens", int),
         "device": ("device to run on (default: cpu; attention: all devices)", str),
@@ -40,16 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "steps": ("steps of the run (default: 6)", int),
         "tokens": ("tokens to run through a small model with windows, such as 1000000", int),
     }
-    adapter = _help("an adapter of the base MODEL", "adapter")
-    parser.add_argument("adapter", nargs="?", type=user_path, metavar="ADAPTER", help=adapter)
-    parser.add_argument("--full", action="store_true", help="run MODEL as it is, with its weights")
+    base = f"an adapter of the base MODEL; only with {valid_with('adapter')}"
+    option(parser, "ADAPTER", base, user_path, nargs="?")
+    option(parser, "--full", "run MODEL as it is, with its weights")
     for name, (text, kind) in words.items():
-        parser.add_argument(f"--{name}", type=kind, help=_help(text, name))
-    parser.add_argument("--json", action="store_true", help="print one JSON document, no tables")
-
-
-def _help(text: str, option: str) -> str:
-    return f"{text}; only with {valid_with(option)}"
+        option(parser, f"--{name} {name.upper()}", f"{text}; only with {valid_with(name)}", kind)
+    option(parser, "--json", "print one JSON document, no tables")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import difflib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from transom.base.processes import prints, rank
 
@@ -36,6 +37,46 @@ def require(condition: bool, field: str, value: object, reason: str) -> None:
 def expect(condition: bool, field: str, value: object, accepted: str) -> None:
     """Raise `RequestError` unless a condition holds: `FIELD: got VALUE; expected ACCEPTED`."""
     require(condition, field, value, f"expected {accepted}")
+
+
+class explained:
+    """A context that turns errors of some kinds into one with a message, and theirs in brackets.
+
+    Args:
+        message: The message.
+        *kinds: The kinds of errors.
+        by: The kind of the error that is raised for them.
+    """
+
+    def __init__(
+        self, message: str, *kinds: type[Exception], by: type[Exception] = RequestError
+    ) -> None:
+        self.message, self.kinds, self.by = message, kinds, by
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, self.kinds):
+            reason = getattr(error, "strerror", None) or error  # the message names the file
+            raise self.by(f"{self.message} ({reason})") from None
+
+
+class Problem(NamedTuple):
+    """A part of a request that can't be used: its place, and the reason in one sentence."""
+
+    where: str
+    sentence: str
+
+
+@contextmanager
+def located(where: str, problems: list[Problem] | None = None) -> Iterator[None]:
+    """Add a `RequestError` of the block to `problems`. Without a list, raise it with its place."""
+    try:
+        yield
+    except RequestError as error:
+        if problems is None:
+            raise RequestError(f"{where}: {error}") from None
+        problems.append(Problem(where, str(error)))
 
 
 def short_repr(value: object, most: int = 200) -> str:

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from transom.base.errors import RequestError, nearest
+from transom.base.errors import RequestError, explained, nearest
 
 T = TypeVar("T")
 
@@ -81,6 +81,12 @@ def check_bounds(instance: Any) -> None:
             words = f"{kind} of {words}" if limits else kind
             absent = ", or null" if field.default is None else ""
             raise RequestError(f"{field.name}: got {_shown(value)}; expected {words}{absent}")
+
+
+def regex(pattern: str, field: str) -> re.Pattern[str]:
+    """Return a compiled regular expression; raise `RequestError` if `field` has none."""
+    with explained(f"{field}: got {_shown(pattern)}; expected a regular expression", re.error):
+        return re.compile(pattern)
 
 
 _hints = functools.cache(typing.get_type_hints)

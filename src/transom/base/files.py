@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, WorkError, expect, notice
+from transom.base.errors import RequestError, WorkError, expect, explained, notice
 
 # How every pointer of Git LFS begins (its specification, version 1).
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -34,10 +34,13 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text and a line end to a file; raise `WorkError` if it cannot be written."""
-    try:
+    with writing(path):
         path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise WorkError(f"{path}: could not be written ({error})") from None
+
+
+def writing(path: Path, *kinds: type[Exception]) -> explained:
+    """Return a context that turns failures to write a file into a `WorkError` that names it."""
+    return explained(f"{path}: could not be written", OSError, *kinds, by=WorkError)
 
 
 def sha256_of(path: Path) -> str:
@@ -77,10 +80,8 @@ def read_bytes(path: Path) -> bytes:
 
 def read_text(path: Path) -> str:
     """Return the text of a file; raise `RequestError` if it cannot be read or is not UTF-8."""
-    try:
+    with explained(f"{path}: expected text in UTF-8", UnicodeDecodeError):
         return read_bytes(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: expected text in UTF-8 ({error})") from None
 
 
 def json_object(content: bytes, path: Path) -> dict[str, Any]:
@@ -93,10 +94,8 @@ def json_object(content: bytes, path: Path) -> dict[str, Any]:
     Raises:
         RequestError: If the content is anything else.
     """
-    try:
+    with explained(f"{path}: not JSON", ValueError, RecursionError):
         data = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path}: not JSON ({error})") from None
     expect(isinstance(data, dict), str(path), type(data).__name__, "a JSON object")
     return dict(data)
 

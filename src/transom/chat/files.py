@@ -7,8 +7,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import WorkError, expect, notice
-from transom.base.files import read_json, read_text, shown_name
+from transom.base.errors import expect, notice
+from transom.base.files import read_json, read_text, shown_name, writing
 from transom.tokenizers.folder import TEMPLATES
 from transom.tokenizers.token_files import spelling_of
 
@@ -40,13 +40,11 @@ def stored_templates(folder: Path) -> tuple[str, dict[str, str]]:
 
 def write_templates(folder: Path, sources: Mapping[str, str]) -> None:
     """Write templates by name into the files that `stored_templates` reads."""
-    try:
+    with writing(folder / FILE):
         for name, source in sources.items():
             file = folder / (FILE if name == DEFAULT else f"{TEMPLATES}/{name}.jinja")
             file.parent.mkdir(exist_ok=True)
             file.write_text(source, encoding="utf-8")
-    except OSError as error:
-        raise WorkError(f"{folder / FILE}: could not be written ({error})") from None
 
 
 def _templates(file: Path) -> dict[str, str]:

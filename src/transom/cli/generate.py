@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from transom.base.errors import RequestError, expect, notice
+from transom.base.errors import expect, explained, notice
 from transom.cli.main import emit_json, user_path
 from transom.cli.options import (
     add_fields,
@@ -138,12 +138,9 @@ def read_prompts(words: Sequence[str]) -> list[str]:
 
 
 def _standard_input() -> str:
-    try:
+    expected = "--prompt: got '-'; expected UTF-8 on standard input"
+    with explained(expected, UnicodeDecodeError):
         text = sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"--prompt: got '-'; expected UTF-8 on standard input ({error})"
-        ) from None
     expect(bool(text), "--prompt", "-", "text, but standard input is empty")
     return text
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from transom.base.errors import RequestError, expect, nearest, notice
+from transom.base.errors import Problem, RequestError, expect, located, nearest, notice
 from transom.data.row_files import DataRow
 from transom.planning.tables import counted
 
@@ -37,24 +36,6 @@ class RowKind(NamedTuple, Generic[T]):
     def read(self, columns: Columns) -> dict[str, Any]:
         """Return the columns that are read."""
         return {key: columns[key] for key in (*self.needs, *self.reads) if key in columns}
-
-
-class Problem(NamedTuple):
-    """A row that can't be used: its file and line, and the reason in one sentence."""
-
-    where: str
-    sentence: str
-
-
-@contextmanager
-def located(where: str, problems: list[Problem] | None = None) -> Iterator[None]:
-    """Add a `RequestError` of the block to `problems`. Without a list, raise it with its place."""
-    try:
-        yield
-    except RequestError as error:
-        if problems is None:
-            raise RequestError(f"{where}: {error}") from None
-        problems.append(Problem(where, str(error)))
 
 
 def recognise(columns: Columns, kinds: Sequence[RowKind[T]]) -> RowKind[T]:

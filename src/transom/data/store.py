@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, WorkError
+from transom.base.errors import RequestError, WorkError, explained
 
 
 class FileStore:
@@ -30,10 +30,8 @@ class FileStore:
 
         self.url = url.rstrip("/")
         self.local = None if "://" in url else Path(url).expanduser()
-        try:
+        with explained(f"{url}: cannot be opened", ImportError, ValueError):
             self._files, self._root = fsspec.url_to_fs(str(self.local or url))
-        except (ImportError, ValueError) as error:
-            raise RequestError(f"{url}: cannot be opened ({error})") from None
 
     def names(self) -> set[str]:
         """Return the names of the files, after the folder was made if there was none."""

@@ -34,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from transom.base.errors import RequestError, WorkError
+from transom.base.errors import RequestError, WorkError, explained
 from transom.base.files import sync, write_text
 from transom.checkpoints.files.checksums import (
     TRAINER_PARTS,
@@ -207,10 +207,9 @@ class _Reader(dcp.HuggingFaceStorageReader):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))
-        try:
+        broken = SafetensorError, LookupError, ValueError
+        with explained(f"{folder}: not complete files of DCP", *broken):
             self._metadata = super().read_metadata()
-        except (SafetensorError, LookupError, ValueError) as error:
-            raise RequestError(f"{folder}: not complete files of DCP ({error})") from None
 
     def read_metadata(self) -> Metadata:
         """Return what is in the folder."""

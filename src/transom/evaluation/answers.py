@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from transom.base.errors import RequestError
+from transom.base.errors import RequestError, located
 from transom.base.runtime import mixed_seed
 from transom.chat.fingerprint import template_hash
 from transom.chat.reasoning import find_markers, split
@@ -79,10 +79,9 @@ def _prompt_ids(model: EvalModel, row: AnswerRow) -> list[int]:
         raise RequestError(
             f'{row.id}: messages: this model has no chat template; expected "prompt"'
         )
-    try:
-        return model.template.encode(row.messages)
-    except RequestError as error:
-        raise RequestError(f"{row.id}: {error}") from None
+    with located(row.id):
+        ids = model.template.encode(row.messages)
+    return ids
 
 
 def complete_prompts(

@@ -6,8 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transom.base.errors import RequestError
-from transom.base.fields import check_bounds, describe
+from transom.base.fields import check_bounds, describe, regex
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,7 @@ class EvalArgs:
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        try:
-            re.compile(self.extract or "")
-        except re.error as error:
-            expected = f"expected a regular expression ({error})"
-            raise RequestError(f"extract: got {self.extract!r}; {expected}") from None
+        regex(self.extract or "", "extract")
 
     def answer_in(self, text: str) -> str | None:
         """Return the answer that a text gives, without spaces around it; None if there is none.

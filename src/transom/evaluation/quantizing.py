@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from transom.base.errors import expect, notice
+from transom.base.errors import expect, located, notice
 from transom.base.files import json_text, shown_name, write_text
 from transom.base.runtime import DTYPES, dtype_name, machine
 from transom.base.version import __version__
@@ -30,7 +30,6 @@ from transom.checkpoints.read_args import read_args
 from transom.checkpoints.save import plan_layout, save
 from transom.checkpoints.state import meta_model, open_parameters
 from transom.data.chat.instructions import NAME as STDLIB
-from transom.data.row_kinds import located
 from transom.evaluation.agreement import batches_of
 from transom.evaluation.intervals import CONFIDENCE, difference, figure
 from transom.evaluation.quality import ORIGINAL, measure_quality, text_bytes, unseen

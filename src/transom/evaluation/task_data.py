@@ -15,11 +15,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from transom.base.errors import RequestError, expect, require
+from transom.base.errors import RequestError, expect, located, require
 from transom.base.files import sha256_of
 from transom.data.file_formats import row_format
 from transom.data.row_files import read_rows
-from transom.data.row_kinds import Columns, RowKind, located, read_as, recognise
+from transom.data.row_kinds import Columns, RowKind, read_as, recognise
 from transom.data.text.sources import SourceArgs, read_documents
 from transom.evaluation.intervals import Ratio
 

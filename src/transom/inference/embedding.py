@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import WorkError, expect, notice
+from transom.base.files import writing
 from transom.base.runtime import dtype_name, evaluating
 from transom.checkpoints.files.pooling import stated_pooling, tell_other_modules
 from transom.checkpoints.files.safetensors_files import write_tensors
@@ -59,10 +60,8 @@ class Embeddings:
         if path.suffix == ".safetensors":
             write_tensors(path, {"embeddings": self.vectors_RD})
             return
-        try:
+        with writing(path):
             np.save(path, self.vectors_RD.numpy())
-        except OSError as error:
-            raise WorkError(f"{path}: could not be written ({error})") from None
 
 
 def embed(

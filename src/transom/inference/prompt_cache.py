@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from transom.base.errors import RequestError, WorkError, expect, notice, require
+from transom.base.errors import RequestError, WorkError, expect, explained, notice, require
 from transom.base.runtime import dtype_name
 from transom.cache.model_cache import ModelCache
 from transom.cache.prefix import PrefixCache, PrefixNode
@@ -133,12 +133,9 @@ class PromptCache(PrefixCache):
             self.insert(nodes[-1])
 
     def _check_folder(self) -> None:
-        try:
-            with tempfile.TemporaryFile(dir=self.path.parent):
-                pass
-        except OSError as error:
-            expected = f"expected a file in a folder that can be written ({error.strerror})"
-            raise RequestError(f"{FIELD}: got {str(self.path)!r}; {expected}") from None
+        expected = "expected a file in a folder that can be written"
+        with explained(f"{FIELD}: got {str(self.path)!r}; {expected}", OSError):
+            tempfile.TemporaryFile(dir=self.path.parent).close()
 
 
 def conversation_prefixes(model: LLM, decode: DecodeArgs) -> PrefixCache | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, expect, notice
+from transom.base.errors import RequestError, expect, explained, notice
 from transom.base.runtime import mixed_seed
 from transom.chat.fingerprint import warn_if_other
 from transom.chat.marking import common_prefix
@@ -261,11 +261,8 @@ class Session:
         path, content = Path(name).expanduser(), self.framing.saved()
         fits = path in self.saved_files or not path.exists()
         expect(fits, "file", name, "a new name, since the file exists")
-        try:
+        with explained(f"file: got {name!r}; expected a file that can be written", OSError):
             path.write_text(content, encoding="utf-8")
-        except OSError as error:
-            expected = f"expected a file that can be written ({error.strerror})"
-            raise RequestError(f"file: got {name!r}; {expected}") from None
         self.saved_files.add(path)
         notice(f"{name}: {len(content)} characters written", again=True)
 

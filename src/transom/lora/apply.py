@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from transom.base.errors import RequestError, expect, nearest, notice
+from transom.base.errors import RequestError, expect, explained, nearest, notice
 from transom.layers.linear import Embedding
 from transom.lora.adapters import activate_adapters, attach, leaves, train_adapters
 from transom.lora.args import ROLES, LoraArgs
@@ -105,12 +105,8 @@ def target_leaves(known: Mapping[str, Leaf], targets: Iterable[str]) -> dict[str
     """
     chosen: set[str] = set()
     for target in targets:
-        try:
+        with explained(f"targets: got {target!r}, which is no regular expression", re.error):
             found = {path for path in known if _fits(target, path)}
-        except re.error as error:
-            raise RequestError(
-                f"targets: got {target!r}, which is no regular expression ({error})"
-            ) from None
         if not found:
             roles = [role for role in ROLES if any(_fits(role, path) for path in known)]
             ends = {path.rpartition(".")[2] for path in known}

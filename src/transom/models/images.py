@@ -174,10 +174,7 @@ def open_image(source: Image.Image | Path | str | bytes) -> Image.Image:
         RequestError: The source is no image or damaged, has more than `MAX_PIXELS`, a mode that is
             not in `MODES`, or a side of more than `MAX_ASPECT_RATIO` times the other.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise RequestError("Pillow: got none; expected `pip install pillow`") from error
+    from PIL import Image
 
     stream: io.BytesIO | Path
     if isinstance(source, Image.Image):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from transom.base.errors import RequestError, expect
+from transom.base.errors import RequestError, expect, explained
 from transom.tokenizers.backend import AddedToken, Frame, SpelledBackend, fingerprint_of
 
 if TYPE_CHECKING:
@@ -116,15 +116,11 @@ class BytePairBackend(SpelledBackend):
 
 
 def _encoding(ranks: dict[bytes, int], pattern: str, source: str) -> tiktoken.Encoding:
-    try:
-        import tiktoken
-    except ImportError:
-        raise RequestError(f"{source}: needs the tiktoken library: pip install tiktoken") from None
-    try:
+    import tiktoken
+
+    shown = f"{source}: pattern: got {pattern[:60]!r}"
+    with explained(f"{shown}; expected a regular expression", ValueError):
         return tiktoken.Encoding(source, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    except ValueError as error:
-        shown = f"{source}: pattern: got {pattern[:60]!r}"
-        raise RequestError(f"{shown}; expected a regular expression ({error})") from None
 
 
 def add_rank(ranks: dict[bytes, int], spelled: str | bytes, rank: int, where: str) -> bytes:

@@ -141,12 +141,8 @@ class SentencePieceBackend(SpelledBackend):
 
 
 def _processor(model: bytes, source: str) -> SentencePieceProcessor:
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError:
-        raise RequestError(
-            f"{source}: needs the sentencepiece library: pip install sentencepiece"
-        ) from None
+    from sentencepiece import SentencePieceProcessor
+
     try:
         return SentencePieceProcessor(model_proto=model)
     except RuntimeError:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transom.base.errors import notice
+from transom.base.errors import Problem, notice
 from transom.chat.built_in import named
 from transom.chat.template import ChatTemplate
 from transom.data.batch import NO_TARGET, Batch
@@ -28,7 +28,6 @@ from transom.data.chat.conversations import ChatExample, example_of
 from transom.data.chat.messages import Message
 from transom.data.chat.rows import ChatEncoder
 from transom.data.chat.turns import EncodedChat
-from transom.data.row_kinds import Problem
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer

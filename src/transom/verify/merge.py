@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, notice
+from transom.base.errors import RequestError, explained, notice
 from transom.base.fields import write
 from transom.base.files import read_json
 from transom.checkpoints.adapters.read import load_adapter
@@ -210,14 +210,12 @@ def compare_merged(out: Path, name: str) -> Iterator[Finding]:
             is not the one that an adapter was trained on.
     """
     report = read_json(out / REPORT)
-    try:
+    with explained(f"{out / REPORT}: not the report of a merge", KeyError, TypeError):
         folders = [one["folder"] for one in report["adapters"]]
         weights = tuple(one["weight"] for one in report["adapters"])
         args = CombineArgs(**report["combine"], weights=weights)
         merge = Merge.plan(report["base"]["folder"], folders, args, report["out"]["dtype"])
         form = {str(form): form for form in merge.forms}[report["kept"]]
-    except (KeyError, TypeError) as error:
-        raise RequestError(f"{out / REPORT}: not the report of a merge ({error})") from None
     model = merge.unmerged(form)
     adapted = _adapted_leaves(model) if merge.args.method == "linear" else {}
     if not adapted:

@@ -26,7 +26,7 @@ CONFIGS = {
     "marlin": (folders.config_of(checkpoint_format="marlin"), "checkpoint_format: got 'marlin'"),
     "pack_dtype": (folders.config_of(pack_dtype="int16"), "pack_dtype: got 'int16'"),
     "rotation": (folders.config_of(rotation="hadamard"), "rotation: got 'hadamard'; expected none"),
-    "dynamic": (folders.config_of(dynamic={"(": {}}), "not a regular expression"),
+    "dynamic": (folders.config_of(dynamic={"(": {}}), "expected a regular expression"),
     "dynamic bits": (folders.config_of(dynamic={"x": {"bits": 2}}), "dynamic: x: bits: got 2"),
     "awq gemv": ({**AWQ, "version": "gemv"}, "version: got 'gemv'; expected gemm"),
     "awq without zeros": ({**AWQ, "zero_point": False}, "zero_point: got False"),

@@ -13,11 +13,10 @@ import pyarrow as pa
 import pytest
 
 from tests.chat.chat_texts import CALL, TOOLS
-from transom.base.errors import RequestError
+from transom.base.errors import Problem, RequestError
 from transom.data.chat.conversations import ChatExample, example_of
 from transom.data.chat.finetune_sets import read_examples, split_examples
 from transom.data.data_sets import rows_of
-from transom.data.row_kinds import Problem
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CHAT = [USER, ANSWER]

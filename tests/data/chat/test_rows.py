@@ -11,7 +11,7 @@ import pytest
 
 from tests.chat.chat_texts import PUBLISHED, say
 from tests.tokenizers.makers import sentencepiece_model
-from transom.base.errors import RequestError
+from transom.base.errors import Problem, RequestError
 from transom.chat.built_in import named
 from transom.chat.template import ChatTemplate
 from transom.data.chat.conversations import ChatExample, example_of
@@ -21,7 +21,6 @@ from transom.data.chat.rows import (
     prompt_ids,
     template_for,
 )
-from transom.data.row_kinds import Problem
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer, train_bpe
 

@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 
 from tests.chat.chat_texts import PUBLISHED, say
-from transom.base.errors import RequestError, WorkError, reset_notices
+from transom.base.errors import Problem, RequestError, WorkError, reset_notices
 from transom.chat.sandbox import SandboxedTemplate
 from transom.chat.template import ChatTemplate
 from transom.data.chat import shards
 from transom.data.chat.finetune_sets import Examples, find_examples, split_examples
 from transom.data.chat.rows import ChatEncoder, EncodedChats
 from transom.data.chat.shards import prepare_chats
-from transom.data.row_kinds import Problem
 from transom.tokenizers.training import byte_tokenizer
 
 TOKENIZER = byte_tokenizer(("<s>", "</s>", "<|im_start|>", "<|im_end|>"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from transom.base import fields
-from transom.base.errors import RequestError, expect, notice, require
+from transom.base.errors import RequestError, expect, located, notice, require
 from transom.base.files import read_json, refuse_infinite, safetensors_header
 from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from transom.lora.args import Scaling
@@ -58,11 +58,7 @@ class PeftConfig:
         expected = "plain LoRA (path_initial_model_for_weight_conversion in PEFT)"
         expect(plain, "init_lora_weights", self.init_lora_weights, expected)
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                expected = f"expected a regular expression ({error})"
-                raise RequestError(f"pattern: got {pattern!r}; {expected}") from None
+            fields.regex(pattern, "pattern")
 
     @property
     def scaling(self) -> Scaling:
@@ -148,10 +144,9 @@ def read_peft(config: Mapping[str, Any], where: str) -> PeftConfig:
         fits = key in known or key in _HARMLESS or value in (None, False, {}, [])
         require(fits, f"{where}: {key}", value, f"{unsupported}; expected none")
     stated = {key: config[key] for key in known if config.get(key) is not None}
-    try:
-        return fields.read(PeftConfig, stated)
-    except RequestError as error:
-        raise RequestError(f"{where}: {error}") from None
+    with located(where):
+        made = fields.read(PeftConfig, stated)
+    return made
 
 
 def summary(folder: Path) -> dict[str, Any]:

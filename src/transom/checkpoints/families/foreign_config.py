@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transom.base.errors import RequestError, expect, notice
+from transom.base.errors import RequestError, expect, located, notice
 from transom.base.files import refuse_infinite
 from transom.config.model_args import ModelArgs
 
@@ -120,10 +120,9 @@ class ForeignConfig:
         for path, value in found.items():
             part, _, name = path.rpartition(".")
             (fields.setdefault(part, {}) if part else fields)[name] = value
-        try:
-            return ModelArgs.from_dict(fields)
-        except RequestError as error:
-            raise RequestError(f"{self.where}: {error}") from None
+        with located(self.where):
+            made = ModelArgs.from_dict(fields)
+        return made
 
     def part(self, key: str, defaults: Mapping[str, Any]) -> ForeignConfig:
         """Return a nested config such as `text_config`; its notes are printed with the others."""

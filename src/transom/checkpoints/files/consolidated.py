@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, WorkError, expect, notice
-from transom.base.files import refuse_pointer
+from transom.base.errors import RequestError, expect, notice
+from transom.base.files import refuse_pointer, writing
 from transom.checkpoints.files.layout import PICKLED, weight_files
 from transom.checkpoints.files.lazy_tensors import LazyTensor, TensorGroup
 from transom.checkpoints.files.safetensors_files import (
@@ -195,8 +195,6 @@ def write_pickled(folder: Path, groups: Sequence[TensorGroup]) -> None:
     # memory map is then saved.
     scratch, path = folder / "scratch.safetensors", folder / PICKLED.format(rank=0)
     write_stream(folder, groups, None, scratch.name)
-    try:
+    with writing(path, RuntimeError):
         torch.save(read_safetensors(scratch), path)
-    except (OSError, RuntimeError) as error:
-        raise WorkError(f"{path}: could not be written ({error})") from None
     scratch.unlink()

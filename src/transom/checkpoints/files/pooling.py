@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from transom.base.errors import RequestError, notice
+from transom.base.errors import explained, notice
 from transom.base.files import read_json
 
 POOLING = "1_Pooling/config.json"
@@ -47,10 +47,9 @@ def tell_other_modules(folder: Path, normalize: bool) -> None:
     path = folder / MODULES
     if not path.exists():
         return
-    try:
+    expected = f"{path}: expected a list of modules with types"
+    with explained(expected, ValueError, LookupError, TypeError):
         types = [str(entry["type"]) for entry in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, LookupError, TypeError) as error:
-        raise RequestError(f"{path}: expected a list of modules with types ({error})") from None
     applied = ("Transformer", "Pooling", *(["Normalize"] if normalize else []))
     others = [kind for kind in (name.rpartition(".")[2] for name in types) if kind not in applied]
     if others:

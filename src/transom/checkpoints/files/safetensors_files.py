@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from transom.base.errors import RequestError, WorkError, expect, require
-from transom.base.files import refuse_pointer, write_text
+from transom.base.errors import RequestError, expect, require
+from transom.base.files import refuse_pointer, write_text, writing
 from transom.checkpoints.files.file_pieces import FilePiece, SourceFile, read_piece
 from transom.checkpoints.files.layout import INDEX, WEIGHTS
 from transom.checkpoints.files.lazy_tensors import LazyTensor, TensorGroup
@@ -199,15 +199,12 @@ def _write_shard(
         start += meta.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    try:
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for key, meta in shard:
-                tensor = next(made)
-                assert (tensor.shape, tensor.dtype) == (meta.shape, meta.dtype), key
-                _write_tensor(file, tensor)
-    except OSError as error:
-        raise WorkError(f"{path}: could not be written ({error})") from None
+    with writing(path), path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key, meta in shard:
+            tensor = next(made)
+            assert (tensor.shape, tensor.dtype) == (meta.shape, meta.dtype), key
+            _write_tensor(file, tensor)
 
 
 def _write_tensor(file: IO[bytes], tensor: Tensor) -> None:

@@ -13,7 +13,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from transom.base.errors import RequestError, collected_notices, notice
+from transom.base.errors import collected_notices, explained, located, notice
 from transom.base.files import GGUF, cache_dir, gguf_pointer, sync, write_text
 from transom.checkpoints.files.layout import CONFIG
 from transom.checkpoints.gguf.config import architecture, config_of
@@ -70,11 +70,8 @@ def _key(files: list[Path]) -> str:
     """Return a hash that changes with the files and with the rules of the translation."""
     states: list[object] = [_VERSION]
     for file in files:
-        try:
-            with file.open("rb") as content:
-                state, start = file.stat(), hashlib.sha256(content.read(_HASHED)).hexdigest()
-        except OSError as error:
-            raise RequestError(f"{file}: cannot be read ({error.strerror})") from None
+        with explained(f"{file}: cannot be read", OSError), file.open("rb") as content:
+            state, start = file.stat(), hashlib.sha256(content.read(_HASHED)).hexdigest()
         states.append([str(file), state.st_size, state.st_mtime_ns, state.st_ctime_ns, start])
     return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:32]
 
@@ -101,10 +98,8 @@ def _translate(model: GgufModel, folder: Path) -> None:
 def _write_tokenizer(model: GgufModel, folder: Path) -> None:
     from transom.checkpoints.gguf.tokenizer import write_tokenizer_files  # loads a large library
 
-    try:
+    with located(str(model.files[0])):
         write_tokenizer_files(model.metadata, folder)
-    except RequestError as error:
-        raise RequestError(f"{model.files[0]}: {error}") from None
 
 
 def open_folder(folder: Path) -> tuple[GgufModel, str]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import RequestError, expect, require
+from transom.base.errors import RequestError, expect, explained, require
 from transom.base.files import refuse_pointer
 
 MAGIC = b"GGUF"
@@ -90,10 +90,8 @@ class GgufModel:
 
 def map_bytes(file: Path, stored: StoredTensor) -> NDArray[np.uint8]:
     """Return the bytes of a tensor as a private memory map."""
-    try:
+    with explained(f"{file}: cannot be read", OSError, ValueError):
         return np.memmap(file, np.uint8, "c", stored.offset, (stored.size,))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{file}: cannot be read ({error})") from None
 
 
 def is_gguf(path: Path) -> bool:
@@ -152,14 +150,11 @@ def read_gguf(path: Path) -> GgufModel:
 
 def _read_header(path: Path, part: int) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     refuse_pointer(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-            _check_version(path, start)
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return _Cursor(path, content).header(part)
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
+    with explained(f"{path}: cannot be read", OSError), path.open("rb") as file:
+        start = file.read(8)
+        _check_version(path, start)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _Cursor(path, content).header(part)
 
 
 def _check_version(path: Path, start: bytes) -> None:
@@ -195,10 +190,8 @@ class _Cursor:
     def text(self) -> str:
         """Return a string."""
         start = self.take(self.number("Q"))
-        try:
+        with explained(f"{self.path}: {self.what}: not UTF-8", UnicodeDecodeError):
             return self.content[start : self.position].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise RequestError(f"{self.path}: {self.what}: not UTF-8 ({error})") from None
 
     def value(self, kind: int) -> Any:
         """Return a value of metadata; arrays become lists."""

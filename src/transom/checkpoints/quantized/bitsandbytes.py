@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from transom.base.errors import RequestError, expect
+from transom.base.errors import expect, explained
 from transom.checkpoints.files.lazy_tensors import LazyTensors
 from transom.checkpoints.quantized.codes import Codes, Rows
 from transom.quantize.formats import FP4, NF4, WeightFormat, pack, unpack, wide_scales
@@ -41,7 +41,8 @@ def open_bitsandbytes(where: str, stored: LazyTensors) -> Codes:
     needed = ("weight", "absmax", "quant_map", name)
     missing = ", ".join(key for key in needed if key not in stored)
     expect(not missing, where, sorted(stored), f"{missing}, too")
-    try:
+    malformed = ValueError, KeyError, TypeError, ZeroDivisionError
+    with explained(f"{where}.weight.{name}: not the state of a weight", *malformed):
         state: dict[str, Any] = json.loads(bytes(stored[name].read().tolist()))
         outputs, inputs = shape = tuple(map(int, state["shape"]))
         block, total = int(state["blocksize"]), outputs * inputs
@@ -50,8 +51,6 @@ def open_bitsandbytes(where: str, stored: LazyTensors) -> Codes:
         if nested:
             blocks = -(-sizes["absmax"] // int(state["nested_blocksize"]))
             sizes |= {"nested_absmax": blocks, "nested_quant_map": 256}
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise RequestError(f"{where}.weight.{name}: not the state of a weight ({error})") from None
     for key, size in sizes.items():
         lazy = stored.get(key)
         found = math.prod(lazy.shape) if lazy else 0

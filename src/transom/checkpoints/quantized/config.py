@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transom.base.errors import RequestError, expect
+from transom.base.errors import expect
+from transom.base.fields import regex
 from transom.base.files import read_json
 from transom.checkpoints.families.foreign_config import ForeignConfig
 from transom.checkpoints.files.layout import CONFIG, folder_format
@@ -117,10 +118,7 @@ def _gptq(own: ForeignConfig) -> Quantization:
         if text.startswith("-:"):
             continue  # these are not quantized, as their tensors show
         where = f"{own.where}: dynamic: {text}"
-        try:
-            pattern = re.compile(text.removeprefix("+:"))
-        except re.error as error:
-            raise RequestError(f"{where}: not a regular expression ({error})") from None
+        pattern = regex(text.removeprefix("+:"), f"{own.where}: dynamic")
         patterns.append((pattern, *_sizes({**stated, **changes}, where)))
     less_one = own.get(layout, "gptq") == "gptq"
     sizes = _sizes(stated, own.where)

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from transom.base.errors import WorkError, notice
+from transom.base.errors import Problem, WorkError, notice
 from transom.data.chat.conversations import FORMATS, ChatExample, ExampleKind
 from transom.data.chat.instructions import NAME as STDLIB
 from transom.data.data_sets import rows_of, splits_of
-from transom.data.row_kinds import Problem, read_as
+from transom.data.row_kinds import read_as
 from transom.data.text.sources import held_out
 
 

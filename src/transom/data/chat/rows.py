@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import RequestError, expect, notice
+from transom.base.errors import Problem, RequestError, expect, located, notice
 from transom.chat.built_in import fitting, named
 from transom.chat.fingerprint import template_hash
 from transom.chat.template import ChatTemplate
@@ -20,7 +20,6 @@ from transom.data.chat.conversations import ChatExample
 from transom.data.chat.finetune_sets import Examples
 from transom.data.chat.messages import Messages
 from transom.data.chat.turns import EncodedChat, Turns, bare_row, text_row
-from transom.data.row_kinds import Problem, located
 from transom.planning.tables import counted, counted_words
 from transom.tokenizers.tokenizer import Tokenizer
 

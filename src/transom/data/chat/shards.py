@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from transom.base.errors import RequestError, collected_notices, expect, notice
+from transom.base.errors import Problem, RequestError, collected_notices, expect, notice
 from transom.data.cache import cache_entry, read_shard, shard_writer, with_progress
 from transom.data.chat.conversations import ChatExample
 from transom.data.chat.finetune_sets import Examples
 from transom.data.chat.rows import ChatEncoder, EncodedChats
 from transom.data.chat.turns import EncodedChat
 from transom.data.processes import mapped, usable_cores
-from transom.data.row_kinds import Problem
 
 FORMAT = 3  # increase it when the files or the rows change, so that older entries are not found
 NAME = "rows"

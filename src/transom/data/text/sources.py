@@ -15,11 +15,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from transom.base.errors import RequestError, expect, short_repr
+from transom.base.errors import RequestError, expect, located, short_repr
 from transom.base.fields import check_bounds, describe
 from transom.data.file_formats import open_bytes, readable, row_format
 from transom.data.row_files import read_rows
-from transom.data.row_kinds import located
 from transom.planning.tables import counted, counted_words
 
 TEXT_KEY = "text"  # of a row of JSON, and the column of a Parquet file

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import expect, notice
+from transom.base.errors import Problem, expect, notice
 from transom.checkpoints.files.layout import is_model
 from transom.checkpoints.files.location import find_model
 from transom.checkpoints.open_model import open_text
@@ -21,7 +21,6 @@ from transom.data.chat.conversations import ExampleKind
 from transom.data.chat.finetune_sets import Examples, find_examples, split_examples
 from transom.data.chat.rows import COUNTS, ChatEncoder
 from transom.data.chat.shards import prepare_chats
-from transom.data.row_kinds import Problem
 from transom.training.config import TrainArgs
 from transom.training.defaults import choose_rows
 from transom.training.finetune.args import FinetuneArgs, objectives_of, require_kinds

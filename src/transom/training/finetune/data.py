@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from transom.base.errors import expect, notice
+from transom.base.errors import Problem, expect, notice
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.files.generation_config import stop_tokens_of
 from transom.checkpoints.files.location import ModelLocation
@@ -19,7 +19,6 @@ from transom.data.chat.batches import ChatBatches, padded_batch
 from transom.data.chat.finetune_sets import Examples, split_examples
 from transom.data.chat.rows import ChatEncoder, EncodedChats, template_for
 from transom.data.chat.shards import prepare_chats
-from transom.data.row_kinds import Problem
 from transom.data.text.sources import require_whole
 from transom.distributed.ranks import Ranks
 from transom.evaluation.bits import batches_by_length

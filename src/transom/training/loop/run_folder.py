@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from transom.base.errors import RequestError, WorkError, notice
-from transom.base.files import json_text, read_json, sync, write_text
+from transom.base.errors import RequestError, WorkError, explained, notice
+from transom.base.files import json_text, read_json, sync, write_text, writing
 from transom.base.locks import FolderLock
 from transom.checkpoints.files.checksums import (
     TRAINER_STATE,
@@ -113,10 +113,8 @@ class RunFolder:
                 notice(f"{item}: unfinished, removed")
             if not keeps or TEMPORARY in item.name:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
-        try:
+        with explained(f"{self.path}: cannot be made", OSError):
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RequestError(f"{self.path}: cannot be made ({error.strerror})") from None
 
     def write_file(self, name: str, text: str) -> None:
         """Write one file of the run; a kill leaves the old file or the new one."""
@@ -229,11 +227,8 @@ class RunFolder:
             WorkError: If it could not be written.
         """
         path = self.path / "metrics.jsonl"
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json_text(row) + "\n")
-        except OSError as error:
-            raise WorkError(f"{path}: could not be written ({error})") from None
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(json_text(row) + "\n")
 
 
 def write_step(

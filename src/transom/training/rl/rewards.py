@@ -17,7 +17,15 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, WorkError, expect, nearest, require
+from transom.base.errors import (
+    RequestError,
+    WorkError,
+    expect,
+    explained,
+    located,
+    nearest,
+    require,
+)
 from transom.training.rl.math_answers import check_reference, require_math_verify, same_value
 
 # What a row has beside its prompt: `answer` or `solution`, and other keys for your own functions.
@@ -63,11 +71,9 @@ class Reward:
         if self.file is not None:
             return
         self("", reference, id)
-        try:
+        with located(id):
             for one in accepted_answers(reference) if self.function is number else ():
                 check_reference(one)
-        except RequestError as error:
-            raise RequestError(f"{id}: {error}") from None
 
     @property
     def hash(self) -> str:
@@ -143,11 +149,9 @@ def number(answer: str, reference: Reference) -> float:
 def regex(answer: str, reference: Reference) -> float:
     """Return 1 if a pattern of the reference matches somewhere in the answer, and 0 otherwise."""
     accepted = accepted_answers(reference)
-    try:
+    expected = "expected a regular expression with reward regex"
+    with explained(f"answer: got {accepted}; {expected}", re.error):
         matches = [re.search(pattern, answer) for pattern in accepted]
-    except re.error as error:
-        expected = f"expected a regular expression with reward regex ({error})"
-        raise RequestError(f"answer: got {accepted}; {expected}") from None
     return float(any(matches))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, expect
+from transom.base.errors import Problem, RequestError, expect
 from transom.base.runtime import mixed_seed
 from transom.chat.template import ChatTemplate
 from transom.data.batch import NO_TARGET, Batch
@@ -25,7 +25,6 @@ from transom.data.chat.conversations import ChatExample
 from transom.data.chat.rows import prompt_ids
 from transom.data.chat.turns import EncodedChat
 from transom.data.order import ShuffledBatches
-from transom.data.row_kinds import Problem
 from transom.inference.text import Completion
 from transom.planning.tables import counted
 from transom.tokenizers.tokenizer import Tokenizer

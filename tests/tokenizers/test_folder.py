@@ -308,19 +308,3 @@ def test_wrong_files_are_refused_in_one_sentence(name, content, message, tmp_pat
     with pytest.raises(RequestError, match=message) as caught:
         Tokenizer.load(write(tmp_path, **{name: content}))
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("library", "content"),
-    [("sentencepiece", sentencepiece_model()), ("tiktoken", rank_file(byte_ranks()))],
-    ids=["sentencepiece", "tiktoken"],
-)
-def test_a_missing_library_is_named_with_the_command_that_installs_it(
-    library, content, tmp_path, monkeypatch
-):
-    monkeypatch.setitem(__import__("sys").modules, library, None)
-    write(tmp_path, tokenizer__model=content, params__json={"vocab_size": 380 + 256})
-    with pytest.raises(
-        RequestError, match=f"tokenizer.model: needs the {library} library: pip install {library}"
-    ):
-        Tokenizer.load(tmp_path)

@@ -57,8 +57,8 @@ class explained:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, self.kinds):
-            reason = getattr(error, "strerror", None) or error  # the message names the file
-            raise self.by(f"{self.message} ({reason})") from None
+            reason = str(getattr(error, "strerror", None) or error)  # the message names the file
+            raise self.by(f"{self.message} ({' '.join(reason.split())[:300]})") from None
 
 
 class Problem(NamedTuple):
@@ -83,6 +83,11 @@ def short_repr(value: object, most: int = 200) -> str:
     """Return `repr(value)`, without its middle if it is longer than `most` characters."""
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 43]}...{text[-40:]}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return the class of an error, and the first 160 characters of its message in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 _printed: set[str] = set()

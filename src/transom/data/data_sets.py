@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, expect, notice
+from transom.base.errors import RequestError, expect, explained, notice
 from transom.data.chat.instructions import NAME as STDLIB
 from transom.data.chat.instructions import stdlib_rows
 from transom.data.file_formats import ROW_NAMES, row_format
@@ -66,11 +66,8 @@ def _splits_by_name(name: str) -> dict[str, Callable[[], Iterator[DataRow]]]:
             "pip install datasets"
         ) from None
     dataset, _, config = name.partition(":")
-    try:
+    with explained(f"data: got {name!r}; `datasets` can't load it", OSError, ValueError):
         found = datasets.load_dataset(dataset, config or None)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RequestError(f"data: got {name!r}; `datasets` can't load it ({reason})") from None
     words = {
         split: next(word for word in words if word in found)
         for split, words in SPLITS.items()

@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, WorkError, expect, notice
+from transom.base.errors import RequestError, WorkError, expect, notice, one_line
 from transom.base.runtime import is_out_of_memory
 from transom.cache.model_cache import ModelCache
 from transom.cache.store import BUCKET
@@ -98,7 +98,7 @@ class CompiledSteps:
                 self._graph = StepGraph(self._model, self._blocks, inputs, cache)
             except RuntimeError as error:
                 self._records = False
-                notice(f"compile: no CUDA graph ({reason(error)}); kernels are started one by one")
+                notice(f"compile: no CUDA graph ({one_line(error)}); kernels start one by one")
             cache.bound, cache.peak, cache.rolled_back = state  # nothing was computed so far
         return self._run(inputs, cache) if self._graph is None else self._graph(inputs, cache)
 
@@ -111,7 +111,7 @@ class CompiledSteps:
             refused = isinstance(error, (RequestError, WorkError)) or is_out_of_memory(error)
             if refused or self._blocks is None:
                 raise
-            notice(f"compile: failed ({reason(error)}); the model runs uncompiled")
+            notice(f"compile: failed ({one_line(error)}); the model runs uncompiled")
         self._blocks = None
         _failed.add(self._model)
         # What layers have stored is stored again.
@@ -172,8 +172,3 @@ def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return result
 
     return replay
-
-
-def reason(error: Exception) -> str:
-    """Return the name and the beginning of an error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from transom.attention.backends import BACKENDS, Backend, refuse, refused_file
 from transom.attention.reference import reference
-from transom.base.errors import notice
+from transom.base.errors import notice, one_line
 from transom.base.runtime import dtype_name, one_thread, pick_device
 from transom.verify.attention_jobs import Inputs, Job, build, jobs
-from transom.verify.findings import Finding, difference, one_line
+from transom.verify.findings import Finding, difference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Relative to the largest value of float64 attention on the same rounded inputs, which are about 1:

@@ -56,7 +56,6 @@ def _logits(model: LLM, tokens_BT: Tensor, kind: str, runner: Runner | None) -> 
             real = torch.tensor([count, count * (number % 3 != 1), max(1, count - 2)])
             inputs = TransformerInput(tokens_BT[:, start : start + count], lengths=real)
             output = model(inputs, cache, runner=runner)
-            assert output.logits is not None, "all logits are the default"
             made += [row[:n] for row, n in zip(output.logits, real.tolist(), strict=True)]
             start += count
     return torch.cat(made)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, expect, notice
+from transom.base.errors import RequestError, expect, notice, one_line
 from transom.base.files import read_json
 from transom.base.runtime import DTYPES
 from transom.chat import built_in
@@ -49,7 +49,6 @@ from transom.verify.findings import (
     exact,
     first_difference,
     missing,
-    one_line,
     same_bits,
 )
 from transom.verify.sample_models import BASE, SAMPLES, WINDOW, random_tokens, sample_model

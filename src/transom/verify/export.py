@@ -64,9 +64,7 @@ def _compare(name: str, model: LLM) -> Iterator[Finding]:
 
 
 def _eager(model: LLM, cache: ModelCache, tokens: Tensor, lengths: Tensor) -> Tensor:
-    logits = model(TransformerInput(tokens, lengths=lengths, logits="last"), cache).logits
-    assert logits is not None, "the input asks for them"
-    return logits[:, 0]
+    return model(TransformerInput(tokens, lengths=lengths, logits="last"), cache).logits[:, 0]
 
 
 def _beyond(name: str, made: Programs, decode: torch.nn.Module) -> Iterator[Finding]:

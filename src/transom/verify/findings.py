@@ -134,11 +134,6 @@ def same_bytes(measured: Tensor, expected: Tensor) -> bool:
     return torch.equal(*flat)
 
 
-def one_line(error: Exception) -> str:
-    """Return the class and the first 160 characters of an error that another library raised."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-
-
 def summarize(findings: Iterable[Finding]) -> list[Summary]:
     """Return one summary for each comparison, in the order of the first findings."""
     groups: dict[str, list[Finding]] = {}

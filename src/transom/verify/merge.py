@@ -175,9 +175,7 @@ def _outputs(model: LLM, tokens: Tensor) -> Tensor:
     """Return the logits, or the pooled vectors of a model without logits."""
     with torch.no_grad():
         output = model(TransformerInput(tokens))
-    outputs = output.pooled_BD if output.logits is None else output.logits
-    assert outputs is not None, "a model has one of the two"
-    return outputs.float()
+    return (output.pooled_BD if output.logits is None else output.logits).float()
 
 
 def _adapted_leaves(model: LLM) -> dict[str, tuple[Leaf, Adapters]]:

@@ -14,13 +14,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, notice
+from transom.base.errors import RequestError, notice, one_line
 from transom.chat.files import stored_templates
 from transom.chat.template import ChatTemplate, Message
 from transom.checkpoints.files.layout import holds_tokenizer
 from transom.checkpoints.open_model import open_text
 from transom.tokenizers.tokenizer import Tokenizer
-from transom.verify.findings import Finding, exact, missing, one_line
+from transom.verify.findings import Finding, exact, missing
 from transom.verify.tiny_runs import quiet
 
 USER: Message = {"role": "user", "content": "Hello"}

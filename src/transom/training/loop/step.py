@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, WorkError, expect, notice
+from transom.base.errors import RequestError, WorkError, expect, notice, one_line
 from transom.base.interrupts import STOPS
 from transom.base.runtime import is_out_of_memory, memory_bytes, reset_peak_memory, synchronize
 from transom.data.batch import Batch
@@ -212,8 +212,7 @@ class Stepper:
                 raise WorkError(too_large(self.args, micro_batches[0], self.device)) from None
             if not self.compiled or not redo:
                 raise
-            reason = " ".join(str(error).split())[:160]
-            notice(f"compile: failed ({type(error).__name__}: {reason}); the blocks run uncompiled")
+            notice(f"compile: failed ({one_line(error)}); the blocks run uncompiled")
         self.compiled = False
         self._arrange_blocks()
         self.optimizers.zero_grad()

@@ -24,6 +24,7 @@ from transom.base.errors import (
     explained,
     located,
     nearest,
+    one_line,
     require,
 )
 from transom.training.rl.math_answers import check_reference, require_math_verify, same_value
@@ -61,7 +62,7 @@ class Reward:
         except Exception as error:  # your own code may raise anything
             if self.file is None:
                 raise RequestError(f"{id}: {error}") from None
-            raise WorkError(f"reward {self.name}: {id}: {_raised(error)}") from error
+            raise WorkError(f"reward {self.name}: {id}: raises {one_line(error)}") from error
         if not isinstance(value, Real) or not math.isfinite(value):
             raise WorkError(f"reward {self.name}: {id}: gives {value!r}; expected a finite number")
         return float(value)
@@ -111,7 +112,7 @@ def _imported(name: str, module: str, function: str, file: Path) -> RewardFuncti
     try:
         found = importlib.import_module(module)
     except (Exception, SystemExit) as error:
-        raised = f"importing it {_raised(error)}"
+        raised = f"importing it raises {one_line(error)}"
         raise RequestError(f"finetune.reward: got {name!r}; {raised}") from error
     finally:
         with contextlib.suppress(ValueError):
@@ -124,10 +125,6 @@ def _imported(name: str, module: str, function: str, file: Path) -> RewardFuncti
     expect(callable(getattr(found, function, None)), "finetune.reward", name, expected)
     imported: RewardFunction = getattr(found, function)
     return imported
-
-
-def _raised(error: BaseException) -> str:
-    return f"raises {type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 # -- built in --------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_every_dependency_has_its_reason():
 
 # Code lines of each room. Lower a ceiling when a room shrinks; explain a higher one in the commit.
 CEILINGS = {
-    "base": 802,
+    "base": 804,
     "config": 688,
     "planning": 484,
     "attention": 704,
@@ -98,11 +98,11 @@ CEILINGS = {
     "chat": 898,
     "checkpoints": 4_955,
     "distributed": 1_450,
-    "data": 2_162,
-    "inference": 2_211,
-    "evaluation": 1_403,
-    "training": 4_271,
-    "verify": 3_061,
+    "data": 2_158,
+    "inference": 2_209,
+    "evaluation": 1_402,
+    "training": 4_268,
+    "verify": 3_049,
     "cli": 1_877,
 }
 

@@ -42,10 +42,10 @@ def test_greedy_tokens_are_those_of_the_modules(runs, monkeypatch):
     assert len(runs) == 19
 
 
-@pytest.mark.parametrize("kind", ["int4", "act-order"])
+@pytest.mark.parametrize("kind", ["int4", "fp8", "nf4", "act-order"])
 def test_blocks_of_quantized_weights_run_in_cpp(kind, runs, monkeypatch):
     model = random_model(tiny_args(dim=64, hidden_dim=96))
-    quantize_model(model, QuantizeArgs(kind="int4", group=32))
+    quantize_model(model, QuantizeArgs(kind="int4" if kind == "act-order" else kind, group=32))
     for leaf in quantized_leaves(model).values() if kind == "act-order" else ():
         order = torch.randperm(leaf.shape[-1], generator=torch.Generator().manual_seed(0))
         form, parts = replace(leaf.format, ordered=True), {**leaf.parts, "order": order.int()}

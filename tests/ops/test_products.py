@@ -13,7 +13,7 @@ from transom.ops import products
 from transom.ops.build import SWITCH
 from transom.ops.weights import Weight, coded_weight, dense_weight
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.formats import dequantize
+from transom.quantize.formats import FLOAT8, dequantize
 from transom.quantize.methods import quantize_model
 from transom.verify import ops as verify
 
@@ -113,6 +113,19 @@ def test_weights_of_several_orders_share_a_call(rows):
         expected.append(x @ dequantize(parts, format).T)
     for y, wanted in zip(products.multiply(x, weights), expected, strict=True):
         torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_every_float_of_8_bits_is_multiplied_exactly(dtype):
+    """The smallest are subnormal; a row of a unit matrix picks the numbers of its input."""
+    bits = torch.arange(256, dtype=torch.uint8)
+    codes = torch.where(bits & 127 == 127, 0, bits).view(FLOAT8).view(4, 64)
+    parts = {"codes": codes, "scales": torch.ones(4, 2)}
+    weight = coded_weight(parts, None, torch.float32, 0, None, dtype)
+    for rows in (1, 4, 64):
+        for x in torch.eye(64).split(rows):
+            (y,) = products.multiply(x, [weight])
+            assert torch.equal(y, x @ codes.float().T)
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_K"])

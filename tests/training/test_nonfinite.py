@@ -7,6 +7,8 @@ from tests.helpers import random_model, random_tokens, tiny_args
 from tests.training.runs import tiny_args as tiny_run
 from transom.base.errors import WorkError
 from transom.layers.inputs import TransformerInput
+from transom.quantize.args import QuantizeArgs
+from transom.quantize.methods import quantize_model
 from transom.training.loop.nonfinite import locate_nonfinite
 from transom.training.loop.setup import open_run
 
@@ -22,8 +24,10 @@ def test_a_weight_that_is_no_number():
     )
 
 
-def test_a_layer_whose_output_overflows():
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_a_layer_whose_output_overflows(kind):
     model = random_model(tiny_args())
+    quantize_model(model, QuantizeArgs(kind=kind, group=0, skip=("wo",)))
     with torch.no_grad():
         model.layers[1].attention.wo.weight.fill_(3e38)
     assert "the output of layers.1.attention.wo is the first" in locate_nonfinite(model, ROWS)

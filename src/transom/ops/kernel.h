@@ -34,8 +34,8 @@ struct Dense {
     }
 };
 
-// Codes of 8 bits, each times the scale of its group plus an offset.
-template <class V>
+// Codes of 8 bits of a kind, each times the scale of its group plus an offset.
+template <class V, Kind kind>
 struct Bytes {
     using Vectors = V;
     static constexpr bool coded = true, streamed = true;
@@ -47,7 +47,12 @@ struct Bytes {
     };
     static const uint8_t* at(const uint8_t* row, int64_t i) { return row + i; }
     static void read_step(const uint8_t* from, const Group& group, typename V::Vector* to) {
-        to[0] = V::bytes(reinterpret_cast<const int8_t*>(from), group.scale, group.offset);
+        const auto* codes = reinterpret_cast<const int8_t*>(from);
+        if constexpr (kind == kInt8) {
+            to[0] = V::bytes(codes, group.scale, group.offset);
+        } else {
+            to[0] = V::floats(codes, group.scale, group.offset);
+        }
     }
 };
 

@@ -8,14 +8,6 @@
 #include "simd.h"
 #include "weights.h"
 
-inline float float8_to_float(uint8_t code) {  // e4m3fn: no infinity, a bias of 7
-    const int exponent = code >> 3 & 15, fraction = code & 7;
-    if ((code & 127) == 127) return __builtin_nanf("");
-    const float value = exponent ? float(8 + fraction) * float(1 << exponent) / 1024.0f
-                                 : float(fraction) / 512.0f;
-    return code & 128 ? -value : value;
-}
-
 inline float number_at(const void* from, int64_t kind, int64_t i) {
     switch (kind) {
         case kFloat32: return static_cast<const float*>(from)[i];
@@ -37,7 +29,8 @@ inline float value_at(const Weight& weight, int64_t output, int64_t i) {
 inline int64_t row_bytes(const Weight& weight) {
     switch (weight.storage) {
         case kFloat32: return weight.inputs * 4;
-        case kInt8: return weight.inputs;
+        case kInt8:
+        case kFloat8: return weight.inputs;
         case kInt4: return weight.inputs / 2;
         default: return weight.inputs * 2;
     }

@@ -350,7 +350,8 @@ void choose_tiles(Job& job, Rows& rows) {
 template <class V>
 void choose_codes(Job& job, Rows& rows) {
     constexpr bool pairs = V::lanes < 32;
-    if (!job.weight->levels) return take<Bytes<V>>(job, rows);
+    if (job.weight->storage == kFloat8) return take<Bytes<V, kFloat8>>(job, rows);
+    if (!job.weight->levels) return take<Bytes<V, kInt8>>(job, rows);
     if (in_a_row(job.weight->levels)) {
         take<Nibbles<V, typename V::Integers>, pairs>(job, rows);
     } else {

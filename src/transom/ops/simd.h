@@ -49,6 +49,14 @@ inline float brain_to_float(uint16_t brain) {
     return value;
 }
 
+inline float float8_to_float(uint8_t code) {  // e4m3fn: no infinity, a bias of 7
+    const int exponent = code >> 3 & 15, fraction = code & 7;
+    if ((code & 127) == 127) return __builtin_nanf("");
+    const float value = exponent ? float(8 + fraction) * float(1 << exponent) / 1024.0f
+                                 : float(fraction) / 512.0f;
+    return code & 128 ? -value : value;
+}
+
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 struct Narrow {
@@ -84,6 +92,13 @@ struct Narrow {
         const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
         const __m256 values = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
         return _mm256_fmadd_ps(values, _mm256_set1_ps(scale), _mm256_set1_ps(offset));
+    }
+    // Floats of 8 bits, none of them NaN. Their bits are those of a half, but for its bias.
+    static Vector floats(const int8_t* from, float scale, float offset) {
+        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+        const __m128i words = _mm_slli_epi16(_mm_cvtepi8_epi16(eight), 7);
+        const __m256 values = _mm256_cvtph_ps(_mm_and_si128(words, _mm_set1_epi16(-0x4080)));
+        return _mm256_fmadd_ps(values, _mm256_set1_ps(scale * 256), _mm256_set1_ps(offset));
     }
 
     // The numbers at even and at odd places of 16.
@@ -183,6 +198,11 @@ struct Narrow {
         std::memcpy(&codes, from, sizeof codes);
         return __builtin_convertvector(codes, Vector) * scale + offset;
     }
+    static Vector floats(const int8_t* from, float scale, float offset) {
+        Vector values;
+        for (int lane = 0; lane < lanes; ++lane) values[lane] = float8_to_float(from[lane]);
+        return values * scale + offset;
+    }
 
     static void split(const float* from, Vector& even, Vector& odd) {
         for (int lane = 0; lane < lanes; ++lane) {
@@ -269,6 +289,12 @@ struct Wide {
         const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen));
         return _mm512_fmadd_ps(values, _mm512_set1_ps(scale), _mm512_set1_ps(offset));
     }
+    static Vector floats(const int8_t* from, float scale, float offset) {
+        const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        const __m256i words = _mm256_slli_epi16(_mm256_cvtepi8_epi16(sixteen), 7);
+        const __m512 values = _mm512_cvtph_ps(_mm256_and_si256(words, _mm256_set1_epi16(-0x4080)));
+        return _mm512_fmadd_ps(values, _mm512_set1_ps(scale * 256), _mm512_set1_ps(offset));
+    }
 
     static void split(const float* from, Vector& even, Vector& odd) {
         const __m512 first = _mm512_loadu_ps(from), second = _mm512_loadu_ps(from + 16);
@@ -324,6 +350,9 @@ struct Brain {
     }
     static Vector bytes(const int8_t* from, float scale, float offset) {
         return rounded(Wide::bytes(from, scale, offset), Wide::bytes(from + 16, scale, offset));
+    }
+    static Vector floats(const int8_t* from, float scale, float offset) {
+        return rounded(Wide::floats(from, scale, offset), Wide::floats(from + 16, scale, offset));
     }
 
     struct Levels {

@@ -38,7 +38,7 @@ struct Weight {
     const float* bias;     // [outputs], or null
     const int32_t* order;  // [inputs]: the input of each column of the codes; null: in order
     int64_t outputs, inputs, group;
-    int64_t storage;  // kFloat32, kFloat16, kBFloat16: dense; kInt8, kInt4: codes
+    int64_t storage;  // kFloat32, kFloat16, kBFloat16: dense; kInt8, kFloat8, kInt4: codes
     int64_t scale_kind, super_kind;
     int64_t block;    // scales that share a super scale, or 0
     int64_t rounded;  // 1: numbers of codes may be rounded to bfloat16, as in a bfloat16 model

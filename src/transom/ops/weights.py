@@ -100,7 +100,7 @@ def coded_weight(
     group = inputs // groups
     super_dtype = parts["super_scales"].dtype if block else torch.float32
     covered = scales in KINDS and super_dtype in KINDS
-    if not covered or own["codes"].is_floating_point() or (levels and group % 2):
+    if not covered or own["codes"].dtype not in KINDS or (levels and group % 2):
         return None
     numbers = {"scale_kind": KINDS[scales], "super_kind": KINDS[super_dtype], "block": block}
     numbers |= {"outputs": outputs, "inputs": inputs, "group": group}

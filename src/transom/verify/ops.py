@@ -16,6 +16,7 @@ from transom.ops.weights import DENSE, dense_weight
 from transom.quantize import ggml
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.formats import (
+    FLOAT8,
     Parts,
     WeightFormat,
     dequantize,
@@ -45,6 +46,8 @@ def formats() -> dict[str, WeightFormat]:
         "int4, zero points": (QuantizeArgs(kind="int4", zero_points=True), torch.bfloat16),
         "int8": (QuantizeArgs(kind="int8", group=128), torch.float32),
         "int8, one scale per output": (QuantizeArgs(kind="int8", group=0), torch.float16),
+        "fp8": (QuantizeArgs(kind="fp8"), torch.bfloat16),
+        "fp8, one scale per output": (QuantizeArgs(kind="fp8", group=0), torch.float32),
         "int8, zero points": (QuantizeArgs(kind="int8", zero_points=True), torch.float32),
     }
     own = {name: requested(args, dtype) for name, (args, dtype) in kinds.items()}
@@ -107,6 +110,8 @@ def random_parts(shape: tuple[int, ...], format: WeightFormat) -> Parts:
         drawn = torch.rand(part.shape, generator=generator)
         if name == "order":
             drawn = drawn.argsort(-1)
+        elif part.dtype is FLOAT8:
+            drawn = 448 * (2 * drawn - 1) ** 9  # numbers of all sizes
         elif part.dtype.is_floating_point:
             drawn = (0.5 + drawn) / 128
         else:  # no scale is the bits of a float of 8 bits that is NaN or negative

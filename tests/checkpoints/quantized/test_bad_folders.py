@@ -105,6 +105,7 @@ TENSORS = {
         "not the state of a weight",
     ),
     "negative scale": ("fp8", {"weight_scale_inv": lambda x: -x}, "NaN or negative"),
+    "a code that is NaN": ("fp8", {"weight": partial(spoiled, float("nan"))}, "weight: got nan"),
     "scales of other blocks": ("fp8", {"weight_scale_inv": lambda x: x[:1].clone()}, "shape: got"),
 }
 

@@ -51,12 +51,18 @@ def open_float8(
             raise RequestError(f"{where}.weight_scale_inv: got NaN or negative numbers; {expected}")
         return each
 
+    def codes() -> Tensor:
+        found = weight.read()
+        numbers = bool((found.view(torch.uint8) & 127 != 127).all())
+        expect(numbers, f"{where}.weight", float("nan"), "finite numbers")
+        return found
+
     if sizes[0] == 1 and weight.shape[1] % sizes[1] == 0:
         format = WeightFormat(None, 0 if shape[1] == 1 else sizes[1], codes=FLOAT8)
-        return Codes(format, weight.shape, lambda: {"codes": weight.read(), "scales": checked()})
+        return Codes(format, weight.shape, lambda: {"codes": codes(), "scales": checked()})
 
     def read() -> Tensor:
-        each, out = checked(), weight.read().float()
+        each, out = checked(), codes().float()
         for axis, size in enumerate(sizes):
             each = each.repeat_interleave(size, axis).narrow(axis, 0, out.size(axis))
         return out.mul_(each).to(dtype)

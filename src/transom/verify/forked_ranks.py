@@ -53,9 +53,10 @@ def run_ranks(work: Callable[..., object], ranks: int, folder: Path, *args: Any)
         for process in processes:
             process.kill()
             process.join()
-    failed = next((rank for rank in range(ranks) if (folder / f"error{rank}").exists()), None)
-    if failed is not None:
-        raise WorkError(f"rank {failed}: {(folder / f'error{failed}').read_text()}")
+    errors = [path for path in folder.glob("error*") if path.read_text()]
+    if errors:  # the others have lost the first rank that failed
+        first = min(errors, key=lambda path: path.stat().st_mtime_ns)
+        raise WorkError(f"rank {first.name.removeprefix('error')}: {first.read_text()}")
     codes = [process.exitcode for process in processes]  # -9 did not finish in time
     if any(codes):
         raise WorkError(f"ranks: ended with the exit codes {codes}")

@@ -45,7 +45,7 @@ from transom.checkpoints.files.checksums import (
 )
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
 from transom.checkpoints.files.safetensors_files import open_safetensors, write_tensors
-from transom.distributed.failures import limit
+from transom.distributed.failures import is_lost, limit
 from transom.distributed.parts import copy_full
 from transom.distributed.ranks import Ranks
 
@@ -87,13 +87,13 @@ class Saver:
         self.ranks = ranks
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=limit()))
         self._thread: threading.Thread | None = None
-        self._failure: WorkError | RequestError | None = None
+        self._failure: Exception | None = None
 
     def start(self, checkpoint: Checkpoint) -> None:
         """Copy this rank's part of a checkpoint to host memory, and begin to write it.
 
         Raises:
-            WorkError: If the checkpoint before could not be written.
+            Exception: See `wait`.
         """
         self.wait()
         weights, tensors = (
@@ -109,6 +109,7 @@ class Saver:
 
         Raises:
             WorkError: If it could not be written, on every rank.
+            RuntimeError: If another rank was lost meanwhile, see `failures.is_lost`.
         """
         if self._thread is not None:
             self._thread.join()
@@ -125,11 +126,11 @@ class Saver:
     def _run(self, checkpoint: Checkpoint) -> None:
         try:
             self._write(checkpoint)
-        except (WorkError, RequestError) as error:
+        except Exception as error:
             self._failure = error
-        except Exception as error:  # such as a lost rank, or a bug of one
-            kind = type(error).__name__
-            self._failure = WorkError(f"checkpoint: could not be written ({kind}: {error})")
+            if not isinstance(error, (WorkError, RequestError)) and not is_lost(error):
+                kind = type(error).__name__
+                self._failure = WorkError(f"checkpoint: could not be written ({kind}: {error})")
 
     def _write(self, checkpoint: Checkpoint) -> None:
         with contextlib.ExitStack() as stack:

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -145,10 +145,11 @@ def record(end: End) -> None:
             Path(path).write_text(json.dumps({**facts, **asdict(end)}), encoding="utf-8")
 
 
-def recorded_codes(folder: Path) -> list[int]:
-    """Return the exit codes that ranks have recorded, without those that lost another rank."""
-    ends = [json.loads(file.read_text(encoding="utf-8")) for file in folder.rglob("error.json")]
-    return [end["code"] for end in ends if end["kind"] != "closed"]
+def recorded_ends(folder: Path) -> list[End]:
+    """Return how ranks have ended, except those that lost another rank."""
+    files = [json.loads(file.read_text(encoding="utf-8")) for file in folder.rglob("error.json")]
+    ends = [End(**{field.name: one[field.name] for field in fields(End)}) for one in files]
+    return [end for end in ends if end.kind != "closed"]
 
 
 def _verdict(store: dist.Store, rank: int, size: int, end: End) -> Verdict:
@@ -176,18 +177,18 @@ def _verdict(store: dist.Store, rank: int, size: int, end: End) -> Verdict:
 
 def conclude(ends: dict[int, End], size: int) -> Verdict:
     """Return what the ends of some ranks say about the end of a run of `size` ranks."""
+    missing = tuple(rank for rank in range(size) if rank not in ends)
+    launched = RESTARTS in os.environ and missing  # `launch` sees how those ended
     for kind in ("error", "stop"):
         found = {rank: end for rank, end in ends.items() if end.kind == kind}
-        if found:
+        if found and not (kind == "stop" and launched):  # it may have stopped the others
             copies = {rank for rank, end in found.items() if end.message.startswith("rank 0: ")}
             own = set(found) - copies or copies  # `Ranks.on_first` repeats the error of rank 0
             first = min(own, key=lambda rank: (found[rank].seconds, rank))
             alike = len(found) == size and len({found[rank].message for rank in own}) == 1
             return Verdict(min(own) if alike else first, found[first].code, alike)
-    missing = tuple(rank for rank in range(size) if rank not in ends)
     hangs = [rank for rank, end in ends.items() if end.kind == "timeout"]
-    launched = RESTARTS in os.environ and missing and not hangs  # `launch` sees how it ended
-    return Verdict(None if launched else min(hangs or ends), 1, missing=missing)
+    return Verdict(None if launched and not hangs else min(hangs or ends), 1, missing=missing)
 
 
 def _wait(store: dist.Store, keys: list[str], seconds: float) -> None:
@@ -199,7 +200,8 @@ def _wait(store: dist.Store, keys: list[str], seconds: float) -> None:
 
 def _raise(verdict: Verdict, rank: int, error: BaseException) -> NoReturn:
     """Raise what this rank ends with."""
-    if rank != verdict.rank:
+    late = verdict.rank is None and rank in verdict.missing and End.of(error).kind == "error"
+    if rank != verdict.rank and not late:
         raise SystemExit(verdict.code) from None
     choose_to_print()
     if is_lost(error):

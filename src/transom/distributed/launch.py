@@ -21,7 +21,7 @@ from transom.base.interrupts import STOP_SIGNALS, handling, raise_stop
 from transom.base.processes import RESTARTS, local_world_size, restarts, world_size
 from transom.base.runtime import pick_device
 from transom.config.parallel_args import ParallelArgs
-from transom.distributed.failures import limit, recorded_codes, shared_failures
+from transom.distributed.failures import End, limit, recorded_ends, shared_failures
 from transom.distributed.mesh import Meshes
 
 JOINING = 300.0  # the most seconds that a rank waits for the rendezvous
@@ -146,35 +146,39 @@ def _attempt(words: Sequence[str], ranks: int, attempt: int, name: str) -> tuple
         try:
             elastic_launch(config, sys.executable)("-m", "transom", *words)
         except ChildFailedError as error:
-            codes = {rank: one.exitcode for rank, one in error.failures.items()}
             silent = {
-                rank: codes[rank]
+                rank: one.exitcode
                 for rank, one in error.failures.items()
                 if not Path(one.error_file).exists()
             }
-            return _outcome(recorded_codes(Path(folder)), silent or codes)
+            return _outcome(recorded_ends(Path(folder)), silent)
         except SignalException as stop:
-            return max(recorded_codes(Path(folder)), default=128 + stop.sigval), None
+            codes = [end.code for end in recorded_ends(Path(folder))]
+            return max(codes, default=128 + stop.sigval), None
         finally:
             logging.disable(quiet)
             os.environ.pop(RESTARTS)
     return 0, None
 
 
-def _outcome(recorded: Sequence[int], silent: Mapping[int, int]) -> tuple[int, str | None]:
+def _outcome(recorded: Sequence[End], silent: Mapping[int, int]) -> tuple[int, str | None]:
     """Return what `_attempt` returns.
 
     Args:
-        recorded: Exit codes of the ranks that have an error of their own, which one of them prints.
+        recorded: The ends of ranks that did not lose another one. One rank prints an error.
         silent: Exit codes of ranks that recorded nothing, the first one first; -N for signal N.
     """
-    if recorded:
-        return max(recorded), None
+    failed, stops = (
+        [end.code for end in recorded if (end.kind == "stop") == is_stop]
+        for is_stop in (False, True)
+    )
+    if failed:
+        return max(failed), None
     # The agent ends the other ranks with SIGTERM.
     stopped = (-signal.SIGTERM, 128 + signal.SIGTERM)
     found = next((rank for rank, code in silent.items() if code not in stopped), None)
     if found is None:
-        return 128 + signal.SIGTERM, None
+        return max(stops, default=128 + signal.SIGTERM if silent else 1), None
     code = silent[found]
     if code in (1, 2):  # before the ranks joined; Python or the command has printed why
         return code, None

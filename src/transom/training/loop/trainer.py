@@ -50,16 +50,17 @@ class Trainer(Stepper):
         if self.ranks.rank == 0:
             self.run.lock()
         matmul_peak(self.device.type, self.dtype)  # measured now and not during a step
-        try:
-            with self.stop.listening(), self.monitor.board_open():
-                score = self._run()
-                if self.saver is not None:
-                    self.saver.wait()
-            return score
-        finally:
-            if self.saver is not None and not self.stop.again:  # of a run that has failed
-                self.saver.end()
-            self.run.release()
+        with self.stop.listening():
+            try:
+                with self.monitor.board_open():
+                    score = self._run()
+                    if self.saver is not None:
+                        self.saver.wait()
+                return score
+            finally:
+                if self.saver is not None and not self.stop.again:  # of a run that has failed
+                    self.saver.end()
+                self.run.release()
 
     def _run(self) -> Score:
         try:

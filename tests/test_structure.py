@@ -97,11 +97,11 @@ CEILINGS = {
     "lora": 590,
     "chat": 898,
     "checkpoints": 4_960,
-    "distributed": 1_450,
+    "distributed": 1_260,
     "data": 2_158,
     "inference": 2_209,
     "evaluation": 1_402,
-    "training": 4_268,
+    "training": 4_275,
     "verify": 3_058,
     "cli": 1_877,
 }

@@ -106,7 +106,7 @@ def straight(tmp_path_factory):
 @pytest.fixture
 def draw():
     seed = random.randrange(1 << 32)
-    print("seed", seed)  # shown if the test fails
+    print("seed", seed)  # noqa: T201 - shown if the test fails
     return random.Random(seed)
 
 

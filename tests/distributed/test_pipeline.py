@@ -14,6 +14,7 @@ from transom.config.parallel_args import ParallelArgs
 from transom.data.batch import NO_TARGET, Batch
 from transom.distributed.mesh import Meshes
 from transom.distributed.parallelize import parallelize
+from transom.distributed.parts import local_part
 from transom.distributed.pipeline import divide_layers, stage_layers, stage_of
 from transom.distributed.ranks import ALONE, Ranks
 from transom.inference.loop import generate
@@ -125,6 +126,33 @@ def test_steps_over_unequal_rows_are_those_of_one_process(name, degrees, accumul
         assert len(stage) < len(alone)
         for key, value in stage.items():
             assert value == pytest.approx(alone[key], rel=1e-6, abs=1e-8), key
+
+
+def overflow(degrees):
+    """Return weights and scales after a step in which one rank overflows, and one in which none."""
+    made = stepper("tied", degrees, 4)
+    made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    weights = [one for one in made.model.parameters() if one.ndim == 2]
+
+    def fill(weight):
+        if torch.distributed.get_rank() == 1:
+            local_part(weight.grad).fill_(torch.inf)
+
+    handle = weights[-1].register_post_accumulate_grad_hook(fill)
+    before = [local_part(one).clone() for one in weights]
+    made.step()
+    same = all(map(torch.equal, before, map(local_part, weights)))
+    scales = [made.scaler.get_scale()]
+    handle.remove()
+    made.step()
+    moved = not any(map(torch.equal, before, map(local_part, weights)))
+    return same, moved, made.progress.skipped_steps, [*scales, made.scaler.get_scale()]
+
+
+@pytest.mark.parametrize("degrees", [{"pipeline": 4}, {"pipeline": 2, "tensor": 2}], ids=str)
+def test_an_overflow_of_one_rank_skips_the_step_and_lowers_the_scale_of_all(degrees, tmp_path):
+    for found in run_ranks(overflow, 4, tmp_path, degrees):
+        assert found == (True, True, 1, [2.0**9, 2.0**9])
 
 
 def calls(model):

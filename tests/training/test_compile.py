@@ -99,6 +99,17 @@ def test_without_a_compiler_the_run_is_the_eager_one(tmp_path, monkeypatch, caps
     assert losses(tmp_path / "run") == losses(tmp_path / "eager")
 
 
+def test_a_lost_rank_is_no_compiler_error(tmp_path, monkeypatch, capsys):
+    def lost(graph, example_inputs):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    with_backend(monkeypatch, lost)
+    trainer = open_run(tiny_run(tmp_path, "compile=true", "dry_run=false"), quiet=True)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        trainer.step()
+    assert "compile" not in capsys.readouterr().err
+
+
 def test_a_step_half_done_when_compiling_fails_is_not_counted_twice(tmp_path, monkeypatch):
     """A later shape may be the one that fails: gradients of earlier micro-batches must not stay."""
     calls = []

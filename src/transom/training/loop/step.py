@@ -16,6 +16,7 @@ from transom.base.errors import RequestError, WorkError, expect, notice, one_lin
 from transom.base.interrupts import STOPS
 from transom.base.runtime import is_out_of_memory, memory_bytes, reset_peak_memory, synchronize
 from transom.data.batch import Batch
+from transom.distributed.failures import is_lost
 from transom.distributed.pipeline import stage_of
 from transom.distributed.ranks import Ranks
 from transom.training.config import TrainArgs
@@ -210,7 +211,7 @@ class Stepper:
         except Exception as error:
             if is_out_of_memory(error):
                 raise WorkError(too_large(self.args, micro_batches[0], self.device)) from None
-            if not self.compiled or not redo:
+            if is_lost(error) or not self.compiled or not redo:
                 raise
             notice(f"compile: failed ({one_line(error)}); the blocks run uncompiled")
         self.compiled = False
@@ -283,6 +284,9 @@ class Stepper:
             for optimizer in self.optimizers.all:
                 self.scaler.step(optimizer)
             self._follow(router)
+        else:  # the scaler has looked at the gradients of this rank only
+            for state in self.scaler._per_optimizer_states.values():
+                state["found_inf_per_device"] = {self.device: torch.ones_like(norm).float()}
         self.scaler.update()
         self.progress.skipped_steps += not finite
         self.optimizers.zero_grad()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transom.base.processes import prints, rank
 
@@ -59,6 +60,12 @@ class explained:
         if isinstance(error, self.kinds):
             reason = str(getattr(error, "strerror", None) or error)  # the message names the file
             raise self.by(f"{self.message} ({' '.join(reason.split())[:300]})") from None
+
+
+def optional(module: str, needs: str) -> Any:
+    """Return a module that not every installation has; raise `RequestError` with `needs` if not."""
+    with explained(needs, ImportError):
+        return importlib.import_module(module)
 
 
 class Problem(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from transom.base.errors import RequestError, expect
+from transom.base.errors import expect, explained
 from transom.base.fields import Plain, options_of
 from transom.base.files import read_text
 
@@ -64,10 +64,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         RequestError: If the file cannot be read or contains anything else.
     """
-    try:
+    with explained(f"{path}: not valid YAML", yaml.YAMLError):
         data = parse_yaml(read_text(path))
-    except yaml.YAMLError as error:
-        raise RequestError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     data = {} if data is None else data
     expect(isinstance(data, dict), str(path), data, "a mapping of fields")
     return dict(data)
@@ -92,10 +90,8 @@ def word_value(kind: Any, text: str, where: str) -> Any:
         for option in options
     )
     if nested and (str not in options or text[:1] + text[-1:] in ("[]", "{}")):
-        try:
+        with explained(f"{where}: got {text!r}; expected valid YAML", yaml.YAMLError):
             return parse_yaml(text)
-        except yaml.YAMLError:
-            raise RequestError(f"{where}: got {text!r}; expected valid YAML") from None
     if type(None) in options and text in NULLS:
         return None
     return text if str in options else Plain(text)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, expect, require
+from transom.base.errors import RequestError, expect, optional, require
 from transom.base.files import json_text, write_text
 from transom.cli.main import emit_json, user_path
 from transom.cli.options import (
@@ -205,11 +205,7 @@ def difference_words(difference: Mapping[str, Any] | None) -> tuple[str, str, st
 
 def run_harness(options: argparse.Namespace, opening: Mapping[str, Any]) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness, print its table and return its results."""
-    try:
-        import lm_eval  # noqa: F401 - only to see whether it is installed
-    except ImportError:
-        needs = "--tasks needs lm-evaluation-harness: pip install 'transom[lm_eval]'"
-        raise RequestError(needs) from None
+    optional("lm_eval", "--tasks needs lm-evaluation-harness: pip install 'transom[lm_eval]'")
     from transom.evaluation.harness import TransomLM, run_tasks
 
     model = TransomLM(options.model, batch_tokens=options.batch_tokens, **opening)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, expect, explained, notice
+from transom.base.errors import expect, explained, notice, optional
 from transom.data.chat.instructions import NAME as STDLIB
 from transom.data.chat.instructions import stdlib_rows
 from transom.data.file_formats import ROW_NAMES, row_format
@@ -58,13 +58,8 @@ def _rows_of_files(paths: Sequence[Path]) -> Iterator[DataRow]:
 
 def _splits_by_name(name: str) -> dict[str, Callable[[], Iterator[DataRow]]]:
     """Return the splits of a data set of the hub, `owner/name` or `owner/name:config`."""
-    try:
-        import datasets  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise RequestError(
-            f"data: got {name!r}; no such file or folder, and data by name needs `datasets`: "
-            "pip install datasets"
-        ) from None
+    needs = "no such file or folder, and data by name needs `datasets`: pip install datasets"
+    datasets = optional("datasets", f"data: got {name!r}; {needs}")
     dataset, _, config = name.partition(":")
     with explained(f"data: got {name!r}; `datasets` can't load it", OSError, ValueError):
         found = datasets.load_dataset(dataset, config or None)

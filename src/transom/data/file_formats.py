@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-from transom.base.errors import RequestError
+from transom.base.errors import RequestError, optional
 from transom.base.files import refuse_pointer
 
 RowFormat = Literal["lines", "json", "parquet"]
@@ -77,11 +77,7 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def _open_zst(path: Path, _: str) -> BinaryIO:
-    try:
-        import pyarrow as pa
-    except ImportError:
-        needs = "reading .zst needs pyarrow: pip install 'transom[parquet]'"
-        raise RequestError(f"{path}: {needs}") from None
+    pa = optional("pyarrow", f"{path}: reading .zst needs pyarrow: pip install 'transom[parquet]'")
     return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression="zstd")))
 
 

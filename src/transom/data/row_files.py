@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transom.base.errors import RequestError, expect, notice
+from transom.base.errors import RequestError, expect, notice, optional
 from transom.base.files import refuse_pointer
 from transom.data.file_formats import (
     ROW_NAMES,
@@ -125,12 +125,8 @@ def _json_row(path: Path, number: int, value: Any, text: bytes = b"", reason: st
 
 
 def _parquet(path: Path, only: str | None) -> Iterator[DataRow]:
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError:
-        needs = "reading Parquet needs pyarrow: pip install 'transom[parquet]'"
-        raise RequestError(f"{path}: {needs}") from None
+    needs = f"{path}: reading Parquet needs pyarrow: pip install 'transom[parquet]'"
+    pa, parquet = optional("pyarrow", needs), optional("pyarrow.parquet", needs)
     refuse_pointer(path)
     number = 0
     try:

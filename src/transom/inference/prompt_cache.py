@@ -108,12 +108,10 @@ class PromptCache(PrefixCache):
         """Read the nodes of the file, whose tensors are views of its memory map."""
         shown, broken = str(self.path), "expected a complete file of prompt states, or a new name"
         expect(not self.path.is_dir(), FIELD, shown, "a file, not a folder")
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise RequestError(f"{FIELD}: got {shown!r} ({error}); {broken}") from None
+        damaged = explained(f"{FIELD}: got {shown!r}; {broken}", SafetensorError, OSError)
+        with damaged, safe_open(self.path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         text = metadata.get(NAME, "")
         require(metadata.get("sha256") == _sha256(text), FIELD, shown, broken)
         content = json.loads(text)

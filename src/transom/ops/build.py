@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from transom.base.errors import WorkError, expect, notice
-from transom.base.files import cache_dir
+from transom.base.files import cache_dir, writing
 
 UNITS = ("block.cpp", "products.cpp")  # every file that is compiled on its own
 HEADERS = tuple(sorted(path.name for path in Path(__file__).parent.glob("*.h")))
@@ -68,22 +68,16 @@ def built() -> Path:
     if path.exists():
         return path
     start = time.perf_counter()
-    with _temporary_folder(path.parent) as folder:
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=path.parent)
+    with scratch as folder:
         made = Path(folder) / path.name
         _run(found, *FLAGS, *(str(here / name) for name in UNITS), "-o", str(made))
         made.replace(path)
     seconds = time.perf_counter() - start
     notice(f"ops: compiled C++ for decoding in {seconds:.0f} s: {path}")
     return path
-
-
-def _temporary_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
-    """Return a new folder in one that is made if it doesn't exist."""
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=parent)
-    except OSError as error:
-        raise WorkError(f"{parent} can't be written ({error.strerror})") from None
 
 
 def _run(compiler: str, *words: str) -> bytes:

@@ -125,10 +125,8 @@ def _encoding(ranks: dict[bytes, int], pattern: str, source: str) -> tiktoken.En
 
 def add_rank(ranks: dict[bytes, int], spelled: str | bytes, rank: int, where: str) -> bytes:
     """Add a byte string in base64, which must be new and have the next rank; return it."""
-    try:
+    with explained(f"{where}: bytes: got {spelled!r}; expected base64", ValueError):
         token = base64.b64decode(spelled, validate=True)
-    except ValueError:
-        raise RequestError(f"{where}: bytes: got {spelled!r}; expected base64") from None
     if rank != len(ranks) or token in ranks:
         raise RequestError(f"{where}: rank: got {rank}; expected new bytes of rank {len(ranks)}")
     ranks[token] = rank

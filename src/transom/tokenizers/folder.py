@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, expect, notice
+from transom.base.errors import expect, explained, notice
 from transom.base.files import json_object, read_bytes, read_json
 from transom.tokenizers.backend import TokenizerBackend
 from transom.tokenizers.token_files import ADDED_FILE, CONFIG_FILE, NAMED, SPECIALS_FILE, TokenFiles
@@ -123,10 +123,9 @@ def _fast_backend(content: bytes, file: Path, described: TokenFiles) -> Tokenize
 
     from transom.tokenizers.fast import FastBackend, add_tokens
 
-    try:
+    # The library raises bare Exception.
+    with explained(f"{file}: expected the JSON of a fast tokenizer", Exception):
         library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-    except Exception as error:  # the library raises bare Exception
-        raise RequestError(f"{file}: expected the JSON of a fast tokenizer ({error})") from error
     add_tokens(library, described, str(file))
     special, ends = (
         [token for token in tokens if library.token_to_id(token) is not None]

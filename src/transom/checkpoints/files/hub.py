@@ -7,7 +7,7 @@ from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path
 
-from transom.base.errors import RequestError, notice
+from transom.base.errors import RequestError, explained, notice, one_line
 from transom.checkpoints.files.layout import ADAPTER_CONFIG, CONFIG, INDEX, PARAMS, WEIGHTS
 from transom.checkpoints.files.pooling import POOLING
 from transom.tokenizers.folder import TEMPLATES
@@ -62,17 +62,15 @@ def download(name: str, revision: str | None = None, *, settings_only: bool = Fa
         reason = next(text for kind, text in refusals.items() if isinstance(error, kind))
         raise RequestError(f"{at}: {reason}") from None
     except Exception as error:  # without a network, the type depends on the version of the client
-        return _cached(name, revision, at, _first_line(error), settings_only)
+        return _cached(name, revision, at, one_line(error), settings_only)
     if not settings_only and not weights_of(files):
         raise RequestError(
             f"{at}: no weights that are read; expected safetensors or consolidated.*.pth (of a "
             "repository of GGUF files, download one and name the file)"
         )
-    try:
-        wanted = wanted_files(files, settings_only)
+    wanted = wanted_files(files, settings_only)
+    with explained(f"{at}: could not be downloaded", Exception):
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except Exception as error:
-        raise RequestError(f"{at}: could not be downloaded ({_first_line(error)})") from None
 
 
 def _cached(name: str, revision: str | None, at: str, why: str, settings_only: bool) -> Path:
@@ -116,8 +114,3 @@ def wanted_files(files: Collection[str], settings_only: bool = False) -> list[st
         if fnmatch(file, pattern) and file.count("/") == pattern.count("/") and file not in unread
     ]
     return [*dict.fromkeys(wanted), *([] if settings_only else weights)]
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:100] if lines else type(error).__name__

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, notice
+from transom.base.errors import notice, optional
 
 FOLDER = "tensorboard"  # in the run folder
 LEFT_OUT = "tensorboard: {} ({}) is left out; metrics.jsonl has it"
@@ -20,12 +19,8 @@ def writer_class() -> Any:
     Raises:
         RequestError: If the package is not installed.
     """
-    try:
-        return importlib.import_module("torch.utils.tensorboard").SummaryWriter
-    except ImportError:
-        raise RequestError(
-            "tensorboard: got True; expected false, or the package (pip install tensorboard)"
-        ) from None
+    needs = "tensorboard: got True; expected false, or the package (pip install tensorboard)"
+    return optional("torch.utils.tensorboard", needs).SummaryWriter
 
 
 class TensorBoard:

@@ -9,13 +9,12 @@ from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError, WorkError
 from transom.base.runtime import one_thread
 from transom.inference.decode_args import DecodeArgs
-from transom.inference.draft import DraftModel, check_vocabulary
+from transom.inference.draft import DraftModel
 from transom.inference.loop import generate, stream
 from transom.inference.sampler import Sampler
 from transom.inference.sampling import SamplingArgs
 from transom.inference.speculate import DraftCounts, PromptLookup, Proposal
 from transom.layers.inputs import TransformerInput
-from transom.tokenizers.training import byte_tokenizer
 
 KINDS = {
     "full": {},
@@ -346,16 +345,6 @@ def test_the_number_of_proposals_has_bounds(most):
 def test_a_number_of_proposals_needs_a_draft_model():
     with pytest.raises(RequestError, match="num_draft_tokens: got 8; expected a draft model"):
         generate(model_of("full"), [PROMPT], 4, num_draft_tokens=8)
-
-
-def test_another_vocabulary_is_refused():
-    plain = byte_tokenizer()
-    check_vocabulary(byte_tokenizer(), plain)
-    with pytest.raises(RequestError, match="draft model's vocabulary: got 259; expected the"):
-        check_vocabulary(plain.with_special(["<new>"]), plain)
-    one, other = plain.with_special(["<a>"]), plain.with_special(["<b>"])
-    with pytest.raises(RequestError, match="draft model: got token '<a>' with id 258"):
-        check_vocabulary(one, other)
 
 
 def test_generate_takes_the_options():

@@ -76,7 +76,9 @@ def test_a_cache_folder_that_cannot_be_written_is_named(fresh, monkeypatch):
     monkeypatch.setenv("TRANSOM_CACHE", str(fresh / "file" / "cache"))
     compiler(fresh, "echo macros", monkeypatch)
     folder = fresh / "file" / "cache" / "ops"
-    assert told(fresh).startswith(f"ops: {folder}: could not be written (Not a directory); few rows")
+    assert told(fresh).startswith(
+        f"ops: {folder}: could not be written (Not a directory); few rows"
+    )
 
 
 def test_a_damaged_library_is_named(fresh, monkeypatch):

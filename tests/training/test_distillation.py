@@ -21,11 +21,7 @@ from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer, train_bpe, train_chars
 from transom.training.finetune.args import FinetuneArgs
 from transom.training.loop.blocks import arrange_blocks
-from transom.training.losses.distillation import (
-    Distillation,
-    check_same_tokenizer,
-    divergence,
-)
+from transom.training.losses.distillation import Distillation, divergence
 
 TOKENS = random_tokens(2, 12)
 TARGETS = random_tokens(2, 12, seed=1).masked_fill(random_tokens(2, 12, seed=2) < 15, NO_TARGET)
@@ -194,16 +190,14 @@ def test_a_student_comes_near_its_teacher_which_stands_still() -> None:
 
 
 def test_a_teacher_with_other_tokens_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    check_same_tokenizer(byte_tokenizer(), byte_tokenizer())
+    byte_tokenizer().check_same_tokens(byte_tokenizer(), "teacher")
     assert capsys.readouterr().err == ""
-    with pytest.raises(
-        RequestError, match=r"teacher's tokens: got \d+; expected a teacher with the student's"
-    ):
-        check_same_tokenizer(byte_tokenizer(), train_bpe(["the cat sat on the mat"] * 9, 265))
-    with pytest.raises(
-        RequestError, match=r"teacher's token \d+: got 'd'; expected the student's, 'c'"
-    ):
-        check_same_tokenizer(train_chars(["abc"]), train_chars(["abd"]))
+    other = train_bpe(["the cat sat on the mat"] * 9, 265)
+    with pytest.raises(RequestError, match=r"teacher's vocabulary: got \d+; expected the model's"):
+        byte_tokenizer().check_same_tokens(other, "teacher")
+    other = train_chars(["abd"])
+    with pytest.raises(RequestError, match=r"token \d+: got 'd'; expected the model's, 'c'"):
+        train_chars(["abc"]).check_same_tokens(other, "teacher")
 
 
 def test_a_teacher_that_cuts_texts_otherwise_is_told_of(
@@ -214,8 +208,8 @@ def test_a_teacher_that_cuts_texts_otherwise_is_told_of(
     file.write_text(
         json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}})
     )
-    check_same_tokenizer(byte_tokenizer(), Tokenizer.load(tmp_path))
-    assert "the student's tokens, but other rules" in capsys.readouterr().err
+    byte_tokenizer().check_same_tokens(Tokenizer.load(tmp_path), "teacher")
+    assert "the model's tokens, but cuts text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

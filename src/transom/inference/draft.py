@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transom.base.errors import RequestError, expect, notice
+from transom.base.errors import expect, notice
 from transom.cache.model_cache import ModelCache
 from transom.chat.marking import common_prefix
 from transom.checkpoints.load import LoadPlan
@@ -22,7 +22,6 @@ from transom.inference.speculate import Proposal
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.planning.memory import memory_plan
-from transom.tokenizers.tokenizer import Tokenizer
 
 # Greedy drafts end before a token that is less likely than this, as those of transformers do.
 CONFIDENCE = 0.4
@@ -144,16 +143,5 @@ def open_draft(
         check_memory(load.args, 1, room, load.dtype, load.device, DEFAULT, load=load, more=beside)
 
     opened = open_model(name, device=device, before_weights=check)
-    check_vocabulary(opened.tokenizer, target.tokenizer)
+    target.tokenizer.check_same_tokens(opened.tokenizer, "draft model")
     return DraftModel(opened.model, decode.prefill_step_size)
-
-
-def check_vocabulary(draft: Tokenizer, target: Tokenizer) -> None:
-    """Raise a `RequestError` unless every id is the same token in two tokenizers."""
-    sizes = draft.vocab_size, target.vocab_size
-    expected = f"the model's {sizes[1]} tokens"
-    expect(sizes[0] == sizes[1], "draft model's vocabulary", sizes[0], expected)
-    for id in range(sizes[0]):
-        one, other = draft.id_to_token(id), target.id_to_token(id)
-        if one != other:
-            raise RequestError(f"draft model: got token {one!r} with id {id}; expected {other!r}")

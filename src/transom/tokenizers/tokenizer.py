@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from transom.base.errors import RequestError, expect
+from transom.base.errors import RequestError, expect, notice
 from transom.tokenizers.backend import AddedToken, TokenizerBackend, in_threads
 from transom.tokenizers.fast import FastBackend
 from transom.tokenizers.folder import TOKENIZER_FILE, read_folder
@@ -229,6 +229,26 @@ class Tokenizer:
     def hash(self) -> str:
         """The SHA-256 in hex of the vocabulary, which saving and loading do not change."""
         return self._backend.fingerprint()
+
+    def check_same_tokens(self, other: Tokenizer, name: str) -> None:
+        """Raise `RequestError` unless every id is the same token in the tokenizer of another model.
+
+        A notice tells if only the rules differ by which they cut text into tokens.
+
+        Args:
+            other: The tokenizer of the other model.
+            name: That model, for messages.
+        """
+        if self.hash == other.hash:
+            return
+        own, size = self.vocab_size, other.vocab_size
+        expect(size == own, f"{name}'s vocabulary", size, f"the model's {own} tokens")
+        for id in range(own):
+            token, found = self.id_to_token(id), other.id_to_token(id)
+            expect(found == token, f"{name}'s token {id}", found, f"the model's, {token!r}")
+        notice(
+            f"{name}: its tokenizer has the model's tokens, but cuts text by other rules"
+        )
 
     def id_to_token(self, id: int) -> str | None:
         """Return the vocabulary's own spelling of an id, or None."""

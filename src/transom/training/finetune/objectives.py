@@ -12,7 +12,7 @@ from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.finetune.data import FinetuneData, held_batches
-from transom.training.losses.distillation import Distillation, check_same_tokenizer
+from transom.training.losses.distillation import Distillation
 from transom.training.losses.objectives import NextToken, Objective
 from transom.training.losses.preferences import Preference, precompute_reference
 from transom.training.rl.policy import PolicyGradient
@@ -49,7 +49,7 @@ def finetune_objective(
         )
     if finetune.objective == "distill":
         assert finetune.teacher is not None, "FinetuneArgs checks it"
-        check_same_tokenizer(tokenizer, load_tokenizer(finetune.teacher))
+        tokenizer.check_same_tokens(load_tokenizer(finetune.teacher), "teacher")
         teacher = load(finetune.teacher, str(model.device), dtype_name(dtype))
         return Distillation(model, teacher, finetune, chunk)
     reference = None

@@ -83,19 +83,35 @@ def stream(
         RequestError: The request can't be computed. It is raised before the model runs.
         WorkError: Logits are NaN or infinite.
     """
-    return _steps(
-        model,
-        prompts,
-        max_new_tokens,
-        sampling,
-        seeds,
-        stop_tokens,
-        decode,
-        cache,
-        log_probs,
-        draft,
-        counts,
-    )
+    args, device = model.args, model.device
+    expect(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "1 or more")
+    _check_prompts(prompts, args.vocab_size)
+    if args.context_dim is not None and (cache is None or not cache.has_context):
+        raise RequestError("context: got none; expected a cache whose first call had a context")
+    check_language_model(args)
+    longer: int | None = None
+    if cache is None:
+        longest = max(map(len, prompts))
+        total = longest + max_new_tokens
+        check_room(args, longest, max_new_tokens, decode.max_model_len)
+        check_memory(args, len(prompts), total, model.dtype, device, decode, least=longest + 1)
+        first = first_capacity(args, longest, total)
+        longer = total if first < total else None
+        cache = model.make_cache(len(prompts), first, kv_bits=decode.kv_bits)
+        if decode.prompt_cache_file is not None:
+            PromptCache(model, decode).restore(cache, prompts)
+    rest = _not_cached(prompts, cache, 1 if longer else max_new_tokens)
+    sampler = Sampler(sampling, len(prompts), args.vocab_size, seeds, device, log_probs)
+    sampler.see(prompts)
+    proposer = choose_proposer(decode, draft, len(prompts), cache)
+    if proposer is not None:
+        ends = max_new_tokens, frozenset(stop_tokens)
+        parts = model, cache, prompts[0], rest[0], sampler, *proposer
+        steps = speculate(*parts, *ends, decode, longer, counts or DraftCounts())
+    else:
+        given = model, cache, prompts, rest, sampler, max_new_tokens, stop_tokens
+        steps = _run(*given, decode, longer)
+    return with_place(steps, model, prompts, decode.prefill_step_size)
 
 
 def generate(
@@ -148,9 +164,16 @@ def generate(
     tokens_BT, prompts = _padded(tokens_BT, pad_token)
     names = {field.name for field in dataclasses.fields(DecodeArgs)} & set(options)
     decode = DecodeArgs(**{name: options.pop(name) for name in names})
-    sampling = SamplingArgs(**options)
-    given = model, prompts, max_new_tokens, sampling, seeds, stop_tokens, decode
-    steps = _steps(*given, draft=draft)
+    steps = stream(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=SamplingArgs(**options),
+        seeds=seeds,
+        stop_tokens=stop_tokens,
+        decode=decode,
+        draft=draft,
+    )
     new_TB = [[pad_token if id is None else id for id in ids] for ids in steps]
     new_TB += [[pad_token] * len(prompts)] * (max_new_tokens - len(new_TB))
     return torch.cat([tokens_BT, torch.tensor(new_TB, device=tokens_BT.device).T], 1)
@@ -164,51 +187,6 @@ def _padded(tokens: Tensor | list[list[int]], pad_token: int) -> tuple[Tensor, l
     found = f"{tokens.dtype} {list(tokens.shape)}"
     expect(fits, "tokens", found, "integer ids of a shape [batch, tokens]")
     return tokens, tokens.tolist()
-
-
-def _steps(
-    model: LLM,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: SamplingArgs,
-    seeds: Sequence[int] | None,
-    stop_tokens: Sequence[int],
-    decode: DecodeArgs,
-    cache: ModelCache | None = None,
-    log_probs: list[Tensor] | None = None,
-    draft: Proposer | None = None,
-    counts: DraftCounts | None = None,
-) -> Tokens:
-    """Check the request, and return the generator of its tokens."""
-    args, device = model.args, model.device
-    expect(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "1 or more")
-    _check_prompts(prompts, args.vocab_size)
-    if args.context_dim is not None and (cache is None or not cache.has_context):
-        raise RequestError("context: got none; expected a cache whose first call had a context")
-    check_language_model(args)
-    longer: int | None = None
-    if cache is None:
-        longest = max(map(len, prompts))
-        total = longest + max_new_tokens
-        check_room(args, longest, max_new_tokens, decode.max_model_len)
-        check_memory(args, len(prompts), total, model.dtype, device, decode, least=longest + 1)
-        first = first_capacity(args, longest, total)
-        longer = total if first < total else None
-        cache = model.make_cache(len(prompts), first, kv_bits=decode.kv_bits)
-        if decode.prompt_cache_file is not None:
-            PromptCache(model, decode).restore(cache, prompts)
-    rest = _not_cached(prompts, cache, 1 if longer else max_new_tokens)
-    sampler = Sampler(sampling, len(prompts), args.vocab_size, seeds, device, log_probs)
-    sampler.see(prompts)
-    proposer = choose_proposer(decode, draft, len(prompts), cache)
-    if proposer is not None:
-        ends = max_new_tokens, frozenset(stop_tokens)
-        parts = model, cache, prompts[0], rest[0], sampler, *proposer
-        steps = speculate(*parts, *ends, decode, longer, counts or DraftCounts())
-    else:
-        given = model, cache, prompts, rest, sampler, max_new_tokens, stop_tokens
-        steps = _run(*given, decode, longer)
-    return with_place(steps, model, prompts, decode.prefill_step_size)
 
 
 @torch.inference_mode()  # a `with` around a yield would leave the caller in inference mode

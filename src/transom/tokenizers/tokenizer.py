@@ -246,9 +246,7 @@ class Tokenizer:
         for id in range(own):
             token, found = self.id_to_token(id), other.id_to_token(id)
             expect(found == token, f"{name}'s token {id}", found, f"the model's, {token!r}")
-        notice(
-            f"{name}: its tokenizer has the model's tokens, but cuts text by other rules"
-        )
+        notice(f"{name}: its tokenizer has the model's tokens, but cuts text by other rules")
 
     def id_to_token(self, id: int) -> str | None:
         """Return the vocabulary's own spelling of an id, or None."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from transom.layers.inputs import TransformerInput
 
@@ -131,14 +130,6 @@ class Batch:
         }
         extras = {name: change(value) for name, value in self.extras.items()}
         return replace(self, **tensors, extras=extras)
-
-
-def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return rows of ids as one tensor [B, T], padded on the right with 0, and their lengths
-    [B], both int64.
-    """
-    tokens_BT = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    return tokens_BT, torch.tensor([len(row) for row in rows])
 
 
 def _cut(sizes: Sequence[int], start: int, stop: int) -> tuple[int, ...]:

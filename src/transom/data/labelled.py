@@ -14,12 +14,13 @@ import torch
 
 from transom.base.errors import expect, notice
 from transom.base.files import read_json, write_text
-from transom.data.batch import NO_TARGET, Batch, pad_rows
+from transom.data.batch import NO_TARGET, Batch
 from transom.data.order import ShuffledBatches
 from transom.data.row_files import read_rows
 from transom.data.row_kinds import Columns, RowKind, read_as, text_of
 from transom.data.text.sources import TEXT_KEY, held_out
 from transom.inference.embedding import encode_texts
+from transom.layers.inputs import pad_rows
 from transom.tokenizers.tokenizer import Tokenizer
 
 LABEL_KEY, POSITIVE_KEY = "label", "positive"

@@ -9,7 +9,7 @@ from transom.base.errors import RequestError, located
 from transom.base.runtime import mixed_seed
 from transom.chat.fingerprint import template_hash
 from transom.chat.reasoning import find_markers, split
-from transom.evaluation.bits import batches_by_length, in_order
+from transom.evaluation.bits import in_order
 from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.eval_model import EvalModel
 from transom.evaluation.intervals import Ratio
@@ -17,6 +17,7 @@ from transom.evaluation.task_data import AnswerRow, DataSet, TaskResult
 from transom.inference.loop import GREEDY
 from transom.inference.sampling import SamplingArgs
 from transom.inference.text import Completion, stream_text
+from transom.layers.inputs import batches_by_length
 
 CACHE_TOKENS = 1 << 15  # prompt and new tokens of all rows of a batch
 

@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 
 from transom.base.errors import RequestError
 from transom.base.runtime import evaluating
-from transom.data.batch import pad_rows
 from transom.data.cache import with_progress
 from transom.evaluation.score import Score
-from transom.layers.inputs import TransformerInput
+from transom.layers.inputs import TransformerInput, batches_by_length, pad_rows
 from transom.models.llm import LLM
 
 T = TypeVar("T")
@@ -189,27 +188,6 @@ def scored(
             members = [[windows[index] for index in rows[at]] for at in batch]
             scores = _score_batch(model, members)
             yield from zip((index for at in batch for index in rows[at]), scores, strict=True)
-
-
-def batches_by_length(
-    lengths: Sequence[int], batch_tokens: int, batch_rows: int | None = None, fewest: int = 1
-) -> Iterator[list[int]]:
-    """Yield the indices of rows in batches of similar length, the longest first.
-
-    Args:
-        lengths: Tokens of each row.
-        batch_tokens: The most tokens of a batch of more than `fewest` rows, padding included.
-        batch_rows: The most rows of a batch, if there is a limit.
-        fewest: The fewest rows of a batch, unless there are fewer in all. Rows that are left over
-            join the last batch.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    while order:
-        count = max(fewest, batch_tokens // max(1, lengths[order[0]]))
-        count = count if batch_rows is None else min(count, batch_rows)
-        count = len(order) if len(order) - count < fewest else count
-        yield order[:count]
-        order = order[count:]
 
 
 def _score_batch(model: LLM, rows: Sequence[Sequence[Window]]) -> list[WindowScore]:

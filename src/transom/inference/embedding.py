@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,7 @@ from transom.checkpoints.files.pooling import stated_pooling, tell_other_modules
 from transom.checkpoints.files.safetensors_files import write_tensors
 from transom.checkpoints.open_model import OpenedModel
 from transom.config.layer_args import BASE_HEAD
-from transom.layers.inputs import TransformerInput, right_padded
+from transom.layers.inputs import TransformerInput, batches_by_length, pad_rows
 from transom.models.llm import LLM, pool
 from transom.tokenizers.tokenizer import Tokenizer
 
@@ -163,11 +163,10 @@ def run_rows(
     elif not free:
         expected = f"{head.pooling}, the pooling of the model's head"
         expect(pooling in (None, head.pooling), "pooling", pooling, expected)
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    vectors, logits = [], []
-    for batch in _batches([rows[index] for index in order]):
-        tokens_BT = right_padded(batch).to(model.device)
-        lengths_B = torch.tensor([len(row) for row in batch], device=model.device)
+    order, vectors, logits = [], [], []
+    for batch in batches_by_length([len(row) for row in rows], BATCH_TOKENS):
+        order += batch
+        tokens_BT, lengths_B = (one.to(model.device) for one in pad_rows([rows[i] for i in batch]))
         with evaluating(model):
             output = model(TransformerInput(tokens_BT, lengths=lengths_B, logits="none"))
         pooled_BD = output.pooled_BD
@@ -180,15 +179,3 @@ def run_rows(
             logits.append(output.logits)
     back_R = torch.tensor(order, device=model.device).argsort()
     return Vectors(torch.cat(vectors)[back_R], torch.cat(logits)[back_R] if logits else None)
-
-
-def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Yield rows, which are sorted by length, in batches of at most `BATCH_TOKENS` if padded."""
-    batch: list[Sequence[int]] = []
-    for row in rows:
-        if batch and (len(batch) + 1) * len(row) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch

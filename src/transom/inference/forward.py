@@ -17,7 +17,7 @@ from transom.chat.marking import common_prefix
 from transom.config.model_args import ModelArgs
 from transom.inference.decode_plan import alone
 from transom.inference.joined_weights import joined_weights
-from transom.layers.inputs import TransformerInput, right_padded
+from transom.layers.inputs import TransformerInput, pad_rows
 from transom.models.llm import LLM, Runner
 from transom.models.nonfinite import is_finite, nonfinite_weight, watched_outputs
 
@@ -46,8 +46,7 @@ def prefill(
         WorkError: Logits are NaN or infinite.
     """
     rows, device = _after_shared(model, cache, rows, step_size), model.device
-    tokens_BT = right_padded(rows).to(device)
-    counts = [len(row) for row in rows]
+    tokens_BT, counts = pad_rows(rows)[0].to(device), [len(row) for row in rows]
     last_BV: Tensor | None = None
     for start in range(0, max(counts), step_size):
         piece_BT = tokens_BT[:, start : start + step_size]

@@ -33,7 +33,7 @@ from transom.inference.sampler import Sampler
 from transom.inference.sampling import SamplingArgs
 from transom.inference.speculate import DraftCounts, Proposer, choose_proposer, speculate
 from transom.inference.step_times import part
-from transom.layers.inputs import TransformerInput, right_padded
+from transom.layers.inputs import TransformerInput, pad_rows
 from transom.models.llm import LLM
 
 GREEDY = SamplingArgs()
@@ -182,7 +182,7 @@ def generate(
 def _padded(tokens: Tensor | list[list[int]], pad_token: int) -> tuple[Tensor, list[list[int]]]:
     """Return the prompts as one right-padded tensor [B, T] and as lists."""
     if not isinstance(tokens, Tensor):
-        return right_padded(tokens, pad_token), tokens
+        return pad_rows(tokens, pad_token)[0], tokens
     fits = tokens.ndim == 2 and not tokens.is_floating_point()
     found = f"{tokens.dtype} {list(tokens.shape)}"
     expect(fits, "tokens", found, "integer ids of a shape [batch, tokens]")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,8 +75,32 @@ class TransformerOutput:
     pooled_BD: Tensor | None = None
 
 
-def right_padded(rows: Sequence[Sequence[int]], pad_token: int = 0) -> Tensor:
-    """Return rows of token ids as one int64 tensor [B, T], padded on the right with `pad_token`."""
-    longest = max(map(len, rows), default=0)
+def pad_rows(rows: Sequence[Sequence[int]], pad_token: int = 0) -> tuple[Tensor, Tensor]:
+    """Return rows of token ids as one tensor [B, T], padded on the right with `pad_token`, and
+    their lengths [B], both int64.
+    """
+    lengths = [len(row) for row in rows]
+    longest = max(lengths, default=0)
     padded = [[*row, *[pad_token] * (longest - len(row))] for row in rows]
-    return torch.tensor(padded, dtype=torch.int64)
+    return torch.tensor(padded, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64)
+
+
+def batches_by_length(
+    lengths: Sequence[int], batch_tokens: int, batch_rows: int | None = None, fewest: int = 1
+) -> Iterator[list[int]]:
+    """Yield the indices of rows in batches of similar length, the longest first.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_tokens: The most tokens of a batch of more than `fewest` rows, padding included.
+        batch_rows: The most rows of a batch, if there is a limit.
+        fewest: The fewest rows of a batch, unless there are fewer in all. Rows that are left over
+            join the last batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    while order:
+        count = max(fewest, batch_tokens // max(1, lengths[order[0]]))
+        count = count if batch_rows is None else min(count, batch_rows)
+        count = len(order) if len(order) - count < fewest else count
+        yield order[:count]
+        order = order[count:]

@@ -21,7 +21,7 @@ from transom.data.chat.rows import ChatEncoder, EncodedChats, template_for
 from transom.data.chat.shards import prepare_chats
 from transom.data.text.sources import require_whole
 from transom.distributed.ranks import Ranks
-from transom.evaluation.bits import batches_by_length
+from transom.layers.inputs import batches_by_length
 from transom.planning.tables import counted
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs

@@ -22,10 +22,9 @@ from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.batches import padded_batch
 from transom.data.chat.turns import EncodedChat
 from transom.distributed.ranks import ALONE, Ranks
-from transom.evaluation.bits import batches_by_length
 from transom.evaluation.score import Score
 from transom.inference.embedding import BATCH_TOKENS
-from transom.layers.inputs import TransformerOutput
+from transom.layers.inputs import TransformerOutput, batches_by_length
 from transom.models.llm import LLM
 from transom.training.finetune.args import PREFERENCES, FinetuneArgs
 from transom.training.losses.log_probs import (

@@ -168,11 +168,11 @@ def test_the_verb_prints_what_the_function_returns_without_torch(capsys):
         (("--memory", "--dtype", "int8"), "dtype: got 'int8'"),
         (("--memory", "--keep-quantized"), "keep_quantized: got True"),
         (("--memory", "--offload", "disk"), "offload: got 'disk'; expected files of weights"),
-        (("--offload", "disk"), "--offload: got 'disk'; expected none without --memory"),
+        (("--offload", "disk"), "--offload: got 'disk'; valid only with --memory"),
         (("--memory", "--draft-model", "no-such"), "model: got 'no-such'"),
         (("--memory", "--trace", "a"), "--memory: got True"),
-        (("--context", "5"), "--context: got 5; expected none without --memory"),
-        (("--kv-bits", "8"), "--kv-bits: got 8; expected none without --memory"),
+        (("--context", "5"), "--context: got 5; valid only with --memory"),
+        (("--kv-bits", "8"), "--kv-bits: got 8; valid only with --memory"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(words, told, capsys):

@@ -14,6 +14,7 @@ from transom.base.errors import expect
 from transom.base.files import read_json
 from transom.checkpoints.files.location import find_model
 from transom.cli.main import emit_json
+from transom.cli.options import require_unset
 from transom.config.model_args import ModelArgs
 from transom.planning.tables import amount, counted, heading, pairs, show, table
 
@@ -30,9 +31,7 @@ ROTARY = {
 
 def run_compare(options: argparse.Namespace) -> int:
     """Print what differs. The exit code is 0 whether or not something does."""
-    for flag in ("length", "trace", "device", "dtype"):
-        value = getattr(options, flag)
-        expect(value is None, f"--{flag}", value, "none with two models")
+    require_unset(options, False, "with one model", "length", "trace", "device", "dtype")
     names, revision = (options.model, options.other), options.revision
     local = [Path(name).exists() for name in names]
     expect(revision is None or not all(local), "--revision", revision, "none without a hub id")

@@ -17,7 +17,7 @@ from transom.base.errors import expect, notice, require
 from transom.base.yaml_files import read_yaml
 from transom.cli.finetune import FLAGS, fields_of_flags
 from transom.cli.main import emit_json, user_path
-from transom.cli.options import add_json, add_revision, option
+from transom.cli.options import add_json, add_revision, option, require_unset
 from transom.cli.runs import add_words, split_words
 from transom.planning.tables import counted, heading, pairs, show, table, visible
 from transom.tokenizers.stream import StreamDecoder
@@ -91,15 +91,9 @@ def run(options: argparse.Namespace) -> int:
     from transom.training.finetune.check import open_finetune_set
 
     shows, tokenizes = options.what == "show", options.what == "tokenize"
-    for flag, fits, where in (
-        ("index", shows, "show"),
-        ("packed", shows, "show"),
-        ("seed", shows and options.packed, "show --packed"),
-        *((flag, tokenizes, "tokenize") for flag in ("out", "workers", "part")),
-    ):
-        value = getattr(options, flag)
-        unset = value is None or value is False
-        require(fits or unset, f"--{flag}", value, f"valid only with {where}")
+    require_unset(options, shows, "with show", "index", "packed")
+    require_unset(options, shows and options.packed, "with show --packed", "seed")
+    require_unset(options, tokenizes, "with tokenize", "out", "workers", "part")
     expect((options.index or 0) >= 0, "--index", options.index, "0 or more")
     path, words = split_words(options.words)
     fields = {field: getattr(options, flag) for flag, field in FIELDS.items()}

@@ -26,6 +26,7 @@ from transom.cli.options import (
     check_model,
     offloading,
     option,
+    require_unset,
 )
 from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.task_data import open_data
@@ -109,16 +110,10 @@ def check_arguments(options: argparse.Namespace) -> None:
     tasks = options.tasks is not None
     if bool(options.data) == tasks:
         raise RequestError("--data, --tasks: got both or none; expected one of them")
-    for name in FOR_DATA if tasks else FOR_TASKS:
-        value = getattr(options, name)
-        flag = "--max-tokens" if name == "max_new_tokens" else f"--{name.replace('_', '-')}"
-        fits = value in (None, False, [])
-        require(fits, flag, value, f"valid only with --{'data' if tasks else 'tasks'}")
-    several = options.compare is not None
-    require(not tasks or not several, "--compare", options.compare, "valid only with --data")
+    require_unset(options, tasks, "with --tasks", *FOR_TASKS)
+    require_unset(options, not tasks, "with --data", "compare", *FOR_DATA)
+    require_unset(options, options.compare is None, "with one model", "revision")
     expect(all(options.stop), "--stop", "", "text of one character or more")
-    fits = not several or options.revision is None
-    require(fits, "--revision", options.revision, "valid only with one model")
     for name in options.compare or [options.model]:
         check_model(name)
     for flag, name in (("--out", options.out), ("--rows", options.rows)):

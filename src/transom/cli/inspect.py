@@ -23,9 +23,10 @@ from transom.cli.options import (
     add_revision,
     offloading,
     option,
+    require_unset,
 )
 from transom.config.presets import PRESETS
-from transom.inference.decode_args import DEFAULT, MAX_CONTEXT, DecodeArgs
+from transom.inference.decode_args import MAX_CONTEXT, DecodeArgs
 from transom.inference.memory_answer import memory_answer
 from transom.planning.layer_plan import ModelPlan, groups, index_words, plan
 from transom.planning.tables import (
@@ -102,14 +103,10 @@ def run(options: argparse.Namespace) -> int:
 def check_flags(options: argparse.Namespace) -> None:
     """Raise a `RequestError` for a flag that would have no effect."""
     traced, sized = options.trace is not None, options.memory
-    flags = dict.fromkeys(MEMORY_FLAGS, (sized, "without --memory"))
-    flags |= dict.fromkeys(("device", "dtype"), (sized or traced, "without --memory or --trace"))
-    flags |= {"memory": (not traced, "with --trace")}
-    flags |= {"length": (not (traced or sized), "with --trace or --memory")}
-    for name, (allowed, where) in flags.items():
-        value = getattr(options, name)
-        fits = allowed or value in (None, False, getattr(DEFAULT, name, None))
-        expect(fits, f"--{name.replace('_', '-')}", value, f"none {where}")
+    require_unset(options, sized, "with --memory", *MEMORY_FLAGS)
+    require_unset(options, sized or traced, "with --memory or --trace", "device", "dtype")
+    require_unset(options, not traced, "without --trace", "memory")
+    require_unset(options, not (traced or sized), "without --trace and --memory", "length")
 
 
 # The plan.

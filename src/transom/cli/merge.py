@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, expect, require
+from transom.base.errors import RequestError, expect
 from transom.base.locks import output_folder
 from transom.checkpoints.files.hub import is_hub_id
 from transom.checkpoints.files.layout import ADAPTER_CONFIG
 from transom.cli.convert import FORMATS
 from transom.cli.main import emit_json, user_path
-from transom.cli.options import DTYPES, option
+from transom.cli.options import DTYPES, option, require_unset
 from transom.lora.args import METHODS, CombineArgs
 from transom.planning.tables import heading, show, table
 
@@ -103,13 +103,13 @@ def combine_args(options: argparse.Namespace, count: int) -> CombineArgs:
     Raises:
         RequestError: A flag is wrong, or the method does not read it.
     """
+    drops = options.method == "dare"
+    require_unset(options, drops, "with --method dare", "seed")
+    require_unset(
+        options, drops or options.method == "ties", "with --method ties or dare", "density"
+    )
     given = {name: getattr(options, name) for name in ("density", "seed")}
     given = {name: value for name, value in given.items() if value is not None}
-    readers = {"density": ("ties", "dare"), "seed": ("dare",)}
-    for name, value in given.items():
-        methods = readers[name]
-        expected = f"valid only with --method {' or '.join(methods)}"
-        require(options.method in methods, f"--{name}", value, expected)
     words = options.weights.split(",") if options.weights is not None else ()
     try:
         weights = tuple(map(float, words))

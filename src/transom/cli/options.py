@@ -13,6 +13,7 @@ from transom.base.fields import field_types, options_of, read
 from transom.checkpoints.files.hub import is_hub_id
 from transom.checkpoints.files.location import find_model
 from transom.cli.main import user_path
+from transom.inference.decode_args import DEFAULT
 
 if TYPE_CHECKING:
     from transom.inference.weight_streaming import Offload
@@ -96,11 +97,26 @@ def add_offloading(parser: argparse.ArgumentParser) -> None:
     option(parser, "--max-memory SIZE", most)
 
 
+def require_unset(options: argparse.Namespace, unless: bool, where: str, *names: str) -> None:
+    """Raise `RequestError` for the first of some options that is given, though nothing reads it.
+
+    Args:
+        options: The options of the command line.
+        unless: Whether they are read.
+        where: Where they are, as in `with --memory`.
+        *names: Their names among the options.
+    """
+    for name in names:
+        value = getattr(options, name)
+        unset = value is False or value in (None, [], getattr(DEFAULT, name, None))
+        flag = "max-tokens" if name == "max_new_tokens" else name.replace("_", "-")
+        require(unless or unset, f"--{flag}", value, f"valid only {where}")
+
+
 def offloading(options: argparse.Namespace, **more: int) -> Offload | None:
     """Return what the options ask for, with further arguments of `Offload`; None for nothing."""
     if options.offload is None:
-        most = options.max_memory
-        require(most is None, "--max-memory", most, "valid only with --offload")
+        require_unset(options, False, "with --offload", "max_memory")
         return None
     from transom.inference.weight_streaming import Offload
 

@@ -83,27 +83,27 @@ def test_every_dependency_has_its_reason():
 
 # Code lines of each room. Lower a ceiling when a room shrinks; explain a higher one in the commit.
 CEILINGS = {
-    "base": 804,
+    "base": 802,
     "config": 688,
     "planning": 484,
     "attention": 704,
-    "ops": 217,
-    "layers": 743,
+    "ops": 214,
+    "layers": 755,
     "cache": 462,
     "names": 130,
     "models": 517,
-    "tokenizers": 966,
+    "tokenizers": 972,
     "quantize": 1_216,
     "lora": 590,
     "chat": 898,
-    "checkpoints": 4_960,
-    "distributed": 1_260,
-    "data": 2_158,
-    "inference": 2_209,
-    "evaluation": 1_402,
-    "training": 4_275,
+    "checkpoints": 4_954,
+    "distributed": 1_450,
+    "data": 2_150,
+    "inference": 2_181,
+    "evaluation": 1_393,
+    "training": 4_259,
     "verify": 3_058,
-    "cli": 1_877,
+    "cli": 1_864,
 }
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transom.attention.backends import in_operators_of_torch
 from transom.base.errors import RequestError, expect
 from transom.base.files import write_text
-from transom.base.runtime import DTYPES, dtype_name, evaluating
+from transom.base.runtime import DTYPES, dtype_name, evaluating, replaced
 from transom.cache.model_cache import ModelCache
 from transom.checkpoints.files.layout import EXPORT, WEIGHTS
 from transom.checkpoints.files.lazy_tensors import LazyTensors, cast, main_dtype
@@ -160,13 +160,9 @@ def export_programs(model: LLM, context: int | None = None, batch: int = 1) -> P
     empty = cache.tensors()
     parameters = sorted(model.named_parameters())
     weights = {name: x.detach() for name, x in parameters if not name.startswith("vision.")}
-    step, before = ProgramStep(model, capacity), model.attend
-    model.attend = in_operators_of_torch
-    try:
-        count = min(_EXAMPLE, capacity)
+    step, count = ProgramStep(model, capacity), min(_EXAMPLE, capacity)
+    with replaced(model, "attend", in_operators_of_torch):
         prefill, decode = (_traced(step, weights, n, capacity, empty) for n in (count, 1))
-    finally:
-        model.attend = before
     shapes = {
         name: _described(x) | {"fill": -1 if name.startswith("positions") else 0}
         for name, x in empty.items()

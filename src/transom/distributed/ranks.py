@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from transom.base.errors import RequestError, WorkError, notice
+from transom.base.runtime import replaced
 from transom.data.batch import Batch
 from transom.distributed.context_parallel import ContextAttend, cut_rows
 from transom.distributed.mesh import Meshes
@@ -118,12 +119,9 @@ class Ranks:
         if self.meshes is None or not self.divides_rows:
             yield
             return
-        own = model.attend
-        model.attend = ContextAttend(own, self.meshes.groups["context"])
-        try:
+        attend = ContextAttend(model.attend, self.meshes.groups["context"])
+        with replaced(model, "attend", attend):
             yield
-        finally:
-            model.attend = own
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Replace every gradient by its sum over the ranks that computed a part of it.

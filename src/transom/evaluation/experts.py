@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import expect
-from transom.base.runtime import evaluating
+from transom.base.runtime import attached, evaluating
 from transom.layers.inputs import TransformerInput
 from transom.layers.moe import Router
 from transom.models.llm import LLM
@@ -54,8 +54,7 @@ def expert_tokens(
     def hook(router: Router, inputs: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
         chosen[router] = output[0]
 
-    handles = [router.register_forward_hook(hook) for router in routers]
-    try:
+    with attached([router.register_forward_hook(hook) for router in routers]):
         for inputs in batches:
             with evaluating(model):
                 model(inputs)
@@ -63,9 +62,6 @@ def expert_tokens(
             tokens_R1 = inputs.tokens.flatten()[real_R].unsqueeze(1)
             for router in routers:
                 pairs[router].append((chosen[router][real_R] * width + tokens_R1).flatten().cpu())
-    finally:
-        for handle in handles:
-            handle.remove()
     return [_most_frequent(pairs[one], one.moe.num_experts, width, top) for one in routers]
 
 

@@ -18,6 +18,7 @@ from transom.attention.mask import MaskSpec
 from transom.attention.reference import weights_BNTS
 from transom.attention.view import CacheView, ScoreArgs
 from transom.base.errors import expect
+from transom.base.runtime import attached, replaced
 from transom.layers.block import TransformerBlock
 from transom.layers.inputs import TransformerInput
 from transom.layers.moe import MoE
@@ -90,8 +91,7 @@ def trace(model: LLM, tokens_1T: Tensor) -> list[LayerTrace]:
 @contextlib.contextmanager
 def recording(model: LLM) -> Iterator[Recording]:
     """Record the attention calls and module outputs of forward passes inside the `with` block."""
-    recorded = Recording()
-    backend, replaced = model.attend, "attend" in vars(model)
+    recorded, backend = Recording(), model.attend
 
     def attend(q_1TNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs, /) -> Tensor:
         recorded.attention.append(attention_summary(q_1TNH, view, spec, score))
@@ -100,21 +100,14 @@ def recording(model: LLM) -> Iterator[Recording]:
     def hook(module: nn.Module, inputs: object, output: object) -> None:
         recorded.outputs[module] = output
 
-    handles = []
-    model.attend = attend
-    try:
-        for block in blocks(model):
-            parts: list[nn.Module] = [block, block.attention, block.feed_forward]
-            if isinstance(block.feed_forward, MoE):
-                parts.append(block.feed_forward.router)
-            handles += [part.register_forward_hook(hook) for part in parts]
+    parts: list[nn.Module] = []
+    for block in blocks(model):
+        parts += [block, block.attention, block.feed_forward]
+        if isinstance(block.feed_forward, MoE):
+            parts.append(block.feed_forward.router)
+    hooks = attached([part.register_forward_hook(hook) for part in parts])
+    with hooks, replaced(model, "attend", attend):
         yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
-        del model.attend  # the attribute of the class is visible again
-        if replaced:
-            model.attend = backend
 
 
 def attention_summary(

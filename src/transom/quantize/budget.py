@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transom.base.errors import expect
-from transom.base.runtime import evaluating
+from transom.base.runtime import attached, evaluating
 from transom.layers.inputs import TransformerInput
 from transom.layers.linear import Embedding
 from transom.models.build_step import build_step
@@ -130,23 +130,19 @@ def _gradients(
     ]
     counts = torch.zeros(model.args.vocab_size, device=model.device)
     generator = torch.Generator(model.device).manual_seed(0)
-    try:
-        with evaluating(model), torch.enable_grad():
-            for row in rows:
-                inputs = TransformerInput(row.to(model.device))
-                step = build_step(model.args, inputs, None, model.attend)
-                h = model.embed(inputs).detach().requires_grad_()
-                logits = model.project(model.run_layers(h, step, None)[0]).float()
-                logits.register_hook(lambda g: add("tok_embeddings", g))
-                # `multinomial` would take as long as the model: it draws a number per logit.
-                sums = logits.detach()[0].softmax(-1).cumsum(-1)
-                points = torch.rand(len(sums), 1, generator=generator, device=sums.device)
-                drawn = torch.searchsorted(sums, points * sums[:, -1:]).flatten()
-                loss = F.cross_entropy(logits[0], drawn, reduction="sum")
-                add("inputs", torch.autograd.grad(loss, h)[0])  # and none of a weight
-                counts += inputs.tokens.flatten().bincount(minlength=len(counts))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with attached(hooks), evaluating(model), torch.enable_grad():
+        for row in rows:
+            inputs = TransformerInput(row.to(model.device))
+            step = build_step(model.args, inputs, None, model.attend)
+            h = model.embed(inputs).detach().requires_grad_()
+            logits = model.project(model.run_layers(h, step, None)[0]).float()
+            logits.register_hook(lambda g: add("tok_embeddings", g))
+            # `multinomial` would take as long as the model: it draws a number per logit.
+            sums = logits.detach()[0].softmax(-1).cumsum(-1)
+            points = torch.rand(len(sums), 1, generator=generator, device=sums.device)
+            drawn = torch.searchsorted(sums, points * sums[:, -1:]).flatten()
+            loss = F.cross_entropy(logits[0], drawn, reduction="sum")
+            add("inputs", torch.autograd.grad(loss, h)[0])  # and none of a weight
+            counts += inputs.tokens.flatten().bincount(minlength=len(counts))
     means = {path: total / totals[path] for path, total in squares.items()}
     return means, counts / counts.sum()

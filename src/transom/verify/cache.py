@@ -7,7 +7,6 @@ view of a static cache is cut.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import expect, notice
+from transom.base.runtime import attached, replaced
 from transom.cache import store
 from transom.cache.model_cache import ModelCache
 from transom.cache.prefix import PrefixCache
@@ -93,7 +93,7 @@ def compare_small(model: LLM, name: str) -> Iterator[Finding]:
     lengths = [2 * max(longest + max(SLACKS), SMALL_BUCKET) + 3]
     if scaling is not None and scaling.by_length:  # below and above the length of the switch
         lengths = [scaling.original_max_seq_len - 2, scaling.original_max_seq_len + 8]
-    with _small_buckets():
+    with replaced(store, "BUCKET", SMALL_BUCKET):
         for length in lengths:
             yield from compare(model, name, Plan(length, SLACKS, SMALL_BUCKET, length))
         yield from speculated(model, name)
@@ -115,17 +115,6 @@ def compare_full_size(model: LLM, name: str, length: int | None = None) -> Itera
     plan = Plan(length, (REAL_SLACK,), store.BUCKET, REAL_DECODED)
     yield from compare(model, name, plan)
     yield from speculated(model, name)
-
-
-@contextlib.contextmanager
-def _small_buckets() -> Iterator[None]:
-    """Cut static views at multiples of `SMALL_BUCKET` inside the context."""
-    before = store.BUCKET
-    store.BUCKET = SMALL_BUCKET
-    try:
-        yield
-    finally:
-        store.BUCKET = before
 
 
 def compare(model: LLM, name: str, plan: Plan) -> Iterator[Finding]:
@@ -341,20 +330,16 @@ def first_failure(states: States, expected: States, tolerance: float, start: int
 def run(model: LLM, calls: Sequence[TransformerInput], cache: ModelCache | None = None) -> States:
     """Pass the calls to a model in order and return its states, joined over the calls."""
     states: list[list[Tensor]] = [[] for _ in range(len(model.layers) + 1)]
-    handles = [
+    hooks = [
         block.register_forward_hook(lambda _, args, out, kept=kept: kept.append(out[0]))
         for block, kept in zip(model.layers, states, strict=False)
     ]
-    try:
-        with torch.no_grad():
-            for call in calls:
-                if model.args.context_dim is not None and (cache is None or not cache.has_context):
-                    context = random_context(model.args, call.tokens.size(0))
-                    call = replace(call, context=context.to(model.tok_embeddings.weight))
-                states[-1].append(model(call, cache=cache).logits)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with attached(hooks), torch.no_grad():
+        for call in calls:
+            if model.args.context_dim is not None and (cache is None or not cache.has_context):
+                context = random_context(model.args, call.tokens.size(0))
+                call = replace(call, context=context.to(model.tok_embeddings.weight))
+            states[-1].append(model(call, cache=cache).logits)
     return [torch.cat(parts, 1) for parts in states]
 
 

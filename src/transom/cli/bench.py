@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     """Measure; print a table, and with --json one document."""
     picture, decode = options.picture and Path(options.picture), read_fields(options, DecodeArgs)
     if picture is not None:
@@ -77,7 +77,6 @@ def run(options: argparse.Namespace) -> int:
         from transom.inference.speed_picture import draw_speeds
 
         draw_speeds(speeds, picture, described.name)
-    return 0
 
 
 def report(name: str, model: LLM, speeds: Sequence[Speed], *, json: bool) -> None:

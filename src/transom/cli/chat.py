@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--ignore-chat-template", "continue one growing text, without a template")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     """Answer turn by turn until the input ends."""
     check_generation(options)
     values = template_values(options)
@@ -99,7 +99,6 @@ def run(options: argparse.Namespace) -> int:
         except RequestError as error:  # the conversation is unchanged
             notice(str(error), again=True)
     session.finish()
-    return 0
 
 
 def template_values(options: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from transom.base.errors import expect
 from transom.base.files import read_json
 from transom.checkpoints.files.location import find_model
-from transom.cli.main import emit_json
 from transom.cli.options import require_unset
 from transom.config.model_args import ModelArgs
 from transom.planning.tables import amount, counted, heading, pairs, show, table
@@ -29,7 +28,7 @@ ROTARY = {
 }
 
 
-def run_compare(options: argparse.Namespace) -> int:
+def run_compare(options: argparse.Namespace) -> dict[str, Any]:
     """Print what differs. The exit code is 0 whether or not something does."""
     require_unset(options, False, "with one model", "length", "trace", "device", "dtype")
     names, revision = (options.model, options.other), options.revision
@@ -47,12 +46,10 @@ def run_compare(options: argparse.Namespace) -> int:
         )
         document = {"kind": "models", "a": str(one), "b": str(other)}
         document |= model_document(compare_models(one, other))
-    if options.json:
-        emit_json(document)
-        return 0
-    show(pairs([("A", document["a"]), ("B", document["b"])]))
-    (print_runs if document["kind"] == "runs" else print_models)(document)
-    return 0
+    if not options.json:
+        show(pairs([("A", document["a"]), ("B", document["b"])]))
+        (print_runs if document["kind"] == "runs" else print_models)(document)
+    return document
 
 
 # Fields.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from transom.base.locks import output_folder
-from transom.cli.main import emit_json, user_path
+from transom.cli.main import user_path
 from transom.cli.options import DTYPES, MODEL, add_json, add_revision, option
 
 FORMATS = ("hf", "native", "meta", "mistral")  # of folders
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Write the folder; print what was read and written."""
     out, names = Path(options.out), ("context", "batch", "keep_quantized")
     how = (options.dtype, options.max_shard_size, options.revision)
@@ -53,7 +54,5 @@ def run(options: argparse.Namespace) -> int:
         f"parameters, {done.bytes:,} bytes of weights; copied: {companions}",
         file=sys.stderr,
     )
-    if options.json:
-        document = vars(done) | {"source": str(done.source), "companions": list(done.companions)}
-        emit_json({**document, "out": str(out)})
-    return 0
+    words = {"source": str(done.source), "companions": list(done.companions), "out": str(out)}
+    return vars(done) | words

@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> dict[str, Any] | int:
     """Check or show a data set. Return 1 if rows are malformed or nothing can be trained on."""
     from transom.training.finetune.check import open_finetune_set
 
@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
     return show_example(data, options) if shows else check(data, options)
 
 
-def tokenize_text(options: argparse.Namespace) -> int:
+def tokenize_text(options: argparse.Namespace) -> dict[str, Any]:
     """Write a part of a folder of tokens, and print its counts."""
     from transom.checkpoints.open_model import load_tokenizer
     from transom.data.text.sources import SourceArgs
@@ -132,9 +132,7 @@ def tokenize_text(options: argparse.Namespace) -> int:
     )
     state = "parts are missing" if manifest["shards"] is None else "all parts are there"
     notice("; ".join([f"{options.out}: {state}", *report.counts()]))
-    if options.json:
-        emit_json({"out": options.out, **manifest})
-    return 0
+    return {"out": options.out, **manifest}
 
 
 # -- check -----------------------------------------------------------------------------------------
@@ -194,7 +192,7 @@ def amount(value: int | float) -> str:
 # -- show ------------------------------------------------------------------------------------------
 
 
-def show_example(data: FinetuneSet, options: argparse.Namespace) -> int:
+def show_example(data: FinetuneSet, options: argparse.Namespace) -> dict[str, Any] | int:
     """Print the rows of one example, or a packed row, as coloured text and token by token."""
     from transom.data.chat.tokens import row_tokens
 
@@ -205,17 +203,13 @@ def show_example(data: FinetuneSet, options: argparse.Namespace) -> int:
     names = [[one.id for one in row] for row in rows]
     if not rows:
         return 1
-    if options.json:
-        documents = [
-            {"examples": ids, "tokens": [token._asdict() for token in part]}
-            for ids, part in zip(names, tokens, strict=True)
-        ]
-        document = {"data": str(options.data), "index": options.index or 0}
-        emit_json({**document, "packed": options.packed, "rows": documents})
-        return 0
+    documents = []
     for ids, part in zip(names, tokens, strict=True):
-        print_row(ids, part, tokenizer)
-    return 0
+        documents.append({"examples": ids, "tokens": [token._asdict() for token in part]})
+        if not options.json:
+            print_row(ids, part, tokenizer)
+    document = {"data": str(options.data), "index": options.index or 0}
+    return {**document, "packed": options.packed, "rows": documents}
 
 
 def chosen_rows(data: FinetuneSet, index: int, packed: bool) -> list[list[EncodedChat]]:

@@ -15,7 +15,6 @@ from typing import Any
 
 from transom.base.errors import WorkError, expect
 from transom.base.interrupts import Background
-from transom.cli.main import emit_json
 from transom.cli.options import option
 from transom.cli.runs import add_run_options, names_of, run_training
 from transom.training.config import read_config
@@ -73,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> dict[str, Any] | int:
     """Train, compare with compressors, show three completions and print the next commands."""
     config = {**CONFIG, "data": {**CONFIG["data"], "sources": [library()]}}
     args = read_config(None, options.overrides, base=config)
@@ -99,22 +98,18 @@ def run(options: argparse.Namespace) -> int:
     print(comparison(final.bits_per_byte, other, len(held_texts), sum(map(len, held_texts))))
     show_completions(trainer.model, trainer.tokenizer)
     print(next_commands(args.out))
-    if options.json:
-        p = trainer.progress
-        emit_json(
-            {
-                "run": args.out,
-                "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
-                "train_tokens": p.tokens,
-                "train_seconds": round(p.seconds, 2),
-                "tokens_per_second": round(p.tokens / p.seconds, 1),
-                "val_bits_per_byte": round(final.bits_per_byte, 4),
-                **{f"{name}_bits_per_byte": round(bits, 4) for name, bits in other.items()},
-                "python_version": platform.python_version(),
-                "corpus_sha256": trainer.data.hashes[sources[0].label],
-            }
-        )
-    return 0
+    p = trainer.progress
+    return {
+        "run": args.out,
+        "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
+        "train_tokens": p.tokens,
+        "train_seconds": round(p.seconds, 2),
+        "tokens_per_second": round(p.tokens / p.seconds, 1),
+        "val_bits_per_byte": round(final.bits_per_byte, 4),
+        **{f"{name}_bits_per_byte": round(bits, 4) for name, bits in other.items()},
+        "python_version": platform.python_version(),
+        "corpus_sha256": trainer.data.hashes[sources[0].label],
+    }
 
 
 def library() -> dict[str, Any]:

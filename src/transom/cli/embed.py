@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.base.errors import RequestError, expect, notice
-from transom.cli.main import emit_json, user_path
+from transom.cli.main import user_path
 from transom.cli.options import add_json, add_model, add_offloading, opening, option
 from transom.planning.tables import counted
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Print vectors or labels, one text a line, write vectors to a file, or print one document."""
     check_arguments(options)
     texts = [*options.text, *(read_texts(options.input) if options.input is not None else [])]
@@ -57,11 +57,9 @@ def run(options: argparse.Namespace) -> int:
         document["embeddings"] = result.vectors_RD.tolist()
     counts = f"{counted(len(texts), 'text')}, {counted(result.tokens, 'token')}"
     print(f"{counts}, {result.pooling} pooling, vectors of {dim:,}", file=sys.stderr)
-    if options.json:
-        emit_json(document)
-    else:
+    if not options.json:
         show(document)
-    return 0
+    return document
 
 
 def check_arguments(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from transom.base.errors import RequestError, expect, optional, require
 from transom.base.files import json_text, write_text
-from transom.cli.main import emit_json, user_path
+from transom.cli.main import user_path
 from transom.cli.options import (
     DEVICES,
     DTYPES,
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Print a table of scores with their intervals, and write the files that were asked for."""
     check_arguments(options)
     start = time.perf_counter()
@@ -98,9 +98,7 @@ def run(options: argparse.Namespace) -> int:
     document["seconds"] = round(time.perf_counter() - start, 3)
     if options.out is not None:
         write_text(Path(options.out), json_text(document, indent=2))
-    if options.json:
-        emit_json(document)
-    return 0
+    return document
 
 
 def check_arguments(options: argparse.Namespace) -> None:

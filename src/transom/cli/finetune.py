@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from transom.base.yaml_files import read_yaml
-from transom.cli.main import emit_json, user_path
+from transom.cli.main import user_path
 from transom.cli.options import option
 from transom.cli.runs import (
     add_run_options,
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"fields, each as key=value (unit, default):\n\n{fields}"
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> dict[str, Any] | int:
     """Fine-tune the model and print the next commands."""
     args = config_of(options)
     named = [*fields_of_flags(options), *names_of(split_words(options.words)[1])]
@@ -79,20 +79,16 @@ def run(options: argparse.Namespace) -> int:
     if not trainer.finished:
         return code
     print(next_commands(args))
-    if options.json:
-        p, weights = trainer.progress, trainer.model.parameters()
-        emit_json(
-            {
-                "run": str(trainer.run.path),
-                "base": args.base,
-                "steps": p.step,
-                "train_tokens": p.tokens,
-                "train_seconds": round(p.seconds, 3),
-                "held_out_loss": p.best,
-                "trained_parameters": sum(one.numel() for one in weights if one.requires_grad),
-            }
-        )
-    return code
+    p, weights = trainer.progress, trainer.model.parameters()
+    return {
+        "run": str(trainer.run.path),
+        "base": args.base,
+        "steps": p.step,
+        "train_tokens": p.tokens,
+        "train_seconds": round(p.seconds, 3),
+        "held_out_loss": p.best,
+        "trained_parameters": sum(one.numel() for one in weights if one.requires_grad),
+    }
 
 
 def config_of(options: argparse.Namespace) -> TrainArgs:

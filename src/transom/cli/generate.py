@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from transom.base.errors import expect, explained, notice
-from transom.cli.main import emit_json, user_path
+from transom.cli.main import user_path
 from transom.cli.options import (
     add_fields,
     add_json,
@@ -67,7 +67,7 @@ def check_generation(options: argparse.Namespace) -> None:
         check_model(options.draft_model)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Print the completions, the rates on standard error, and with --json one document."""
     check_generation(options)
     prompts = read_prompts(options.prompt)
@@ -121,14 +121,12 @@ def run(options: argparse.Namespace) -> int:
         tokens = rates["generation_tokens"] - len(prompts)
         print(*table(seconds, texts.generation_seconds, tokens), sep="\n", file=sys.stderr)
     report(rates)
-    if options.json:
-        rows = zip(prompts, shown, texts.completions, strict=True)
-        completions = [
-            {"prompt": prompt, "text": text, "tokens": x.tokens, "finish_reason": x.finish_reason}
-            for prompt, text, x in rows
-        ]
-        emit_json({"model": options.folder, "completions": completions, **rates})
-    return 0
+    rows = zip(prompts, shown, texts.completions, strict=True)
+    completions = [
+        {"prompt": prompt, "text": text, "tokens": x.tokens, "finish_reason": x.finish_reason}
+        for prompt, text, x in rows
+    ]
+    return {"model": options.folder, "completions": completions, **rates}
 
 
 def read_prompts(words: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transom.base.errors import RequestError, expect, notice
 from transom.checkpoints.describe_model import DescribedModel, describe_model
 from transom.checkpoints.quantized.config import stated_quantization
-from transom.cli.main import emit_json, user_path
+from transom.cli.main import user_path
 from transom.cli.options import (
     MODEL,
     add_fields,
@@ -27,7 +27,7 @@ from transom.cli.options import (
 )
 from transom.config.presets import PRESETS
 from transom.inference.decode_args import MAX_CONTEXT, DecodeArgs
-from transom.inference.memory_answer import memory_answer
+from transom.inference.memory_answer import MemoryAnswer, memory_answer
 from transom.planning.layer_plan import ModelPlan, groups, index_words, plan
 from transom.planning.tables import (
     amount,
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--dtype DTYPE", "dtype in --trace or --memory (default: that of the files)")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Print a plan, a trace or a comparison."""
     if options.other is not None:
         from transom.cli.compare import run_compare
@@ -90,14 +90,12 @@ def run(options: argparse.Namespace) -> int:
     if options.memory:
         return run_memory(model, options)
     planned = plan(model.args, options.length)
-    if options.json:
-        more = {} if model.adapter is None else {"adapter": model.adapter}
-        emit_json({"model": model.name, "args": model.args.to_dict(), **asdict(planned), **more})
-        return 0
     if planned.length > planned.max_seq_len:
         notice(f"--length {planned.length} is longer than max_seq_len = {planned.max_seq_len}")
-    print_plan(model, planned)
-    return 0
+    if not options.json:
+        print_plan(model, planned)
+    more = {} if model.adapter is None else {"adapter": model.adapter}
+    return {"model": model.name, "args": model.args.to_dict(), **asdict(planned), **more}
 
 
 def check_flags(options: argparse.Namespace) -> None:
@@ -191,7 +189,7 @@ def _by_dtype(sizes: dict[str, int]) -> str:
 # The memory.
 
 
-def run_memory(model: DescribedModel, options: argparse.Namespace) -> int:
+def run_memory(model: DescribedModel, options: argparse.Namespace) -> dict[str, Any]:
     """Print what a model needs in memory, by category, and what would fit."""
     draft = None if options.draft_model is None else describe_model(options.draft_model)
     answer = memory_answer(
@@ -205,13 +203,17 @@ def run_memory(model: DescribedModel, options: argparse.Namespace) -> int:
         draft=draft,
         offload=offloading(options),
     )
+    if not options.json:
+        print_memory(model.name, answer, options.offload)
+    totals = {"total": answer.plan.total, "needed": answer.plan.needed}
+    return {"model": model.name, **asdict(answer), **totals}
+
+
+def print_memory(name: str, answer: MemoryAnswer, offload: str | None) -> None:
+    """Print the table of categories, and what fits."""
     plan, work = answer.plan, answer.work
-    if options.json:
-        totals = {"total": plan.total, "needed": plan.needed}
-        emit_json({"model": model.name, **asdict(answer), **totals})
-        return 0
     shape = f"{counted(work.rows, 'row')} of {work.tokens:,} tokens"
-    heading(f"{model.name} in {answer.dtype} on {answer.device}: {shape}")
+    heading(f"{name} in {answer.dtype} on {answer.device}: {shape}")
     rows = [(f"weights: {kind}", size) for kind, size in plan.weights.items()]
     rows += [(f"KV cache: {kind}", size) for kind, size in plan.cache.items()]
     rows += [("prefill of the prompt, about", plan.prefill), ("decode step, about", plan.decode)]
@@ -222,7 +224,7 @@ def run_memory(model: DescribedModel, options: argparse.Namespace) -> int:
     if answer.placement is not None:
         streamed = index_words(answer.placement.streamed) or "none"
         size = byte_words(answer.placement.streamed_bytes)
-        print(f"Layers that are streamed from {options.offload}: {streamed}, {size} per call.")
+        print(f"Layers that are streamed from {offload}: {streamed}, {size} per call.")
     if answer.prefix_limit:
         print(
             f"A chat also stores beginnings of prompts: {byte_words(answer.prefix_limit)} at most."
@@ -231,13 +233,12 @@ def run_memory(model: DescribedModel, options: argparse.Namespace) -> int:
         most = f"up to {answer.most_tokens:,} tokens at batch {work.rows:,}"
         batch = f"up to batch {answer.most_rows:,} at {work.tokens:,} tokens"
         print(f"{byte_words(answer.left)} are free here. Fits: {most}, and {batch}.")
-    return 0
 
 
 # The trace.
 
 
-def run_trace(model: DescribedModel, options: argparse.Namespace) -> int:
+def run_trace(model: DescribedModel, options: argparse.Namespace) -> dict[str, Any]:
     """Load the model, run one forward pass on the text and print what every layer did."""
     if model.location is None:
         raise RequestError(f"--trace: {model.name} has no weights; expected a model or run folder")
@@ -257,11 +258,9 @@ def run_trace(model: DescribedModel, options: argparse.Namespace) -> int:
         f"1 to {limit} tokens",
     )
     layers = trace(opened.model, torch.tensor([ids], device=opened.model.device))
-    if options.json:
-        emit_json(trace_document(model.name, ids, tokenizer, layers))
-    else:
+    if not options.json:
         print_trace(model.name, ids, tokenizer, layers)
-    return 0
+    return trace_document(model.name, ids, tokenizer, layers)
 
 
 def print_trace(

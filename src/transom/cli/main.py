@@ -1,6 +1,8 @@
 """`transom <verb>`: imports the module of a verb, and prints errors as one line.
 
-Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 128 + N ended by signal N.
+`run` of a verb returns the document that `--json` prints as the last line of standard output, or
+an exit code (None is 0): 0 done, 1 the work failed, 2 the request was wrong, 128 + N ended by
+signal N.
 """
 
 from __future__ import annotations
@@ -150,7 +152,12 @@ def _run(words: list[str]) -> int:
     command.add_arguments(parser)
     options = parser.parse_intermixed_args(words[1:])
     options.command = words  # for verbs that start themselves in several processes
-    return int(command.run(options))
+    made = command.run(options)
+    if not isinstance(made, dict):
+        return int(made or 0)
+    if options.json:
+        emit_json(made)
+    return 0
 
 
 def _overview() -> str:

@@ -14,7 +14,7 @@ from transom.base.locks import output_folder
 from transom.checkpoints.files.hub import is_hub_id
 from transom.checkpoints.files.layout import ADAPTER_CONFIG
 from transom.cli.convert import FORMATS
-from transom.cli.main import emit_json, user_path
+from transom.cli.main import user_path
 from transom.cli.options import DTYPES, option, require_unset
 from transom.lora.args import METHODS, CombineArgs
 from transom.planning.tables import heading, show, table
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--json", "print the report as the last line")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Merge, print the measurements, and name the next commands."""
     base, adapters, out = roles(options.folders)
     args, tokens = combine_args(options, len(adapters)), options.tokens
@@ -72,9 +72,7 @@ def run(options: argparse.Namespace) -> int:
             device=options.device,
         )
     print_report(report, out)
-    if options.json:
-        emit_json({"merged": str(out), **report})
-    return 0
+    return {"merged": str(out), **report}
 
 
 def roles(folders: list[str]) -> tuple[str | None, list[str], Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.base.locks import output_folder
-from transom.cli.main import emit_json, user_path
+from transom.cli.main import user_path
 from transom.cli.options import DEVICES, MODEL, add_fields, add_json, option, read_fields
 from transom.planning.tables import byte_words, heading, show, table
 from transom.quantize.args import QuantizeArgs
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Quantize, and print the receipt."""
     args, out = read_fields(options, QuantizeArgs), Path(options.out)
     names = [usage.split()[0].removeprefix("--").replace("-", "_") for usage, *_ in FLAGS]
@@ -73,9 +73,7 @@ def run(options: argparse.Namespace) -> int:
     folder = shlex.quote(str(out))
     print(f"{out}: a model in codes, with quantization_receipt.json", file=sys.stderr)
     print(f"next: transom chat {folder}; transom verify quantize {folder}", file=sys.stderr)
-    if options.json:
-        emit_json({"quantized": str(out), **receipt})
-    return 0
+    return {"quantized": str(out), **receipt}
 
 
 def print_receipt(receipt: Mapping[str, Any]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from transom.cli.main import emit_json
 from transom.cli.options import option
 from transom.cli.runs import (
     add_run_options,
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"fields of CONFIG.yaml, each also as key=value (unit, default):\n\n{fields}"
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> dict[str, Any] | int:
     """Train, and return the exit code of `run_training`."""
     config, overrides = _split(options.words)
     args = read_config(config, overrides)
@@ -43,33 +43,29 @@ def run(options: argparse.Namespace) -> int:
     check_effects(args, names_of(overrides), by_value=not options.resume)
     args.data.source_list  # noqa: B018 - refuses a run without sources before torch is imported
     trainer, final, code = run_training(args, options)
-    if options.json and trainer.finished:
-        progress = trainer.progress
-        emit_json(
-            {
-                "run": str(trainer.run.path),
-                "steps": progress.step,
-                "train_tokens": progress.tokens,
-                "train_seconds": round(progress.seconds, 3),
-                "val_bits_per_byte": final.bits_per_byte if final.bytes else None,
-                "val_perplexity": final.perplexity if final.bytes else None,
-            }
-        )
-    return code
+    if not trainer.finished:
+        return code
+    progress = trainer.progress
+    return {
+        "run": str(trainer.run.path),
+        "steps": progress.step,
+        "train_tokens": progress.tokens,
+        "train_seconds": round(progress.seconds, 3),
+        "val_bits_per_byte": final.bits_per_byte if final.bytes else None,
+        "val_perplexity": final.perplexity if final.bytes else None,
+    }
 
 
-def _rehearse(args: TrainArgs, options: argparse.Namespace) -> int:
+def _rehearse(args: TrainArgs, options: argparse.Namespace) -> dict[str, Any]:
     from transom.training.loop.rehearsal import lines, rehearse
 
     found = rehearse(args, options.rehearse)
     print("\n".join(lines(found)))
-    if options.json:
-        sent = [
-            {"group": group, "operation": name, "calls": calls, "bytes": size}
-            for (group, name), (calls, size) in found.collectives.items()
-        ]
-        emit_json({"ranks": options.rehearse, "memory": found.memory, "sent": sent})
-    return 0
+    sent = [
+        {"group": group, "operation": name, "calls": calls, "bytes": size}
+        for (group, name), (calls, size) in found.collectives.items()
+    ]
+    return {"ranks": options.rehearse, "memory": found.memory, "sent": sent}
 
 
 def _split(words: list[str]) -> tuple[Path | None, list[str]]:

@@ -98,8 +98,7 @@ def _document_ends(spec: MaskSpec, device: torch.device) -> tuple[Tensor, int]:
         sizes = list(document_sizes(spec.layout, spec.rule))
         ends = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)
         tables["varlen"] = (ends, max(sizes))
-    made: tuple[Tensor, int] = tables["varlen"]
-    return made
+    return tables["varlen"]
 
 
 @constant_in_graphs

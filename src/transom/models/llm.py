@@ -182,8 +182,7 @@ class LLM(nn.Module):
         """
         if self.vision is None:
             raise RequestError("images: got some for a text model; expected one with vision_args")
-        rows: Tensor = self.vision(pixels)
-        return rows
+        return self.vision(pixels)
 
     def unembed(
         self, h_BTD: Tensor, inputs: TransformerInput, step: Step, runner: Runner

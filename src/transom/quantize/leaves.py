@@ -173,8 +173,7 @@ def plain_product(
 ) -> Tensor:
     """Return x W^T + b in the dtype of x, from dense rows of W in a dtype: some at a time."""
     bias = None if bias is None else bias.to(x.dtype)
-    made: Tensor = _Product.apply(x, bias, format, dtype, tuple(parts), *parts.values())
-    return made
+    return _Product.apply(x, bias, format, dtype, tuple(parts), *parts.values())
 
 
 class _Product(torch.autograd.Function):

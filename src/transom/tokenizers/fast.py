@@ -140,18 +140,15 @@ class FastBackend(TokenizerBackend):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of known ids, with U+FFFD for bytes that are not UTF-8."""
-        text: str = self._library.decode(list(ids), skip_special_tokens=False)
-        return text
+        return self._library.decode(list(ids), skip_special_tokens=False)
 
     def id_to_token(self, id: int) -> str | None:
         """Return the vocabulary's own spelling of an id, or None."""
-        token: str | None = self._library.id_to_token(id)
-        return token
+        return self._library.id_to_token(id)
 
     def token_to_id(self, token: str) -> int | None:
         """Return the id of a token in the vocabulary's own spelling, or None."""
-        id: int | None = self._library.token_to_id(token)
-        return id
+        return self._library.token_to_id(token)
 
     def with_special(self, tokens: Iterable[str]) -> FastBackend:
         """Return a copy with more control tokens."""
@@ -159,8 +156,7 @@ class FastBackend(TokenizerBackend):
 
     def to_json(self, pretty: bool = False) -> str:
         """Return the content of a tokenizer.json."""
-        content: str = self._library.to_str(pretty=pretty)
-        return content
+        return self._library.to_str(pretty=pretty)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 in hex of the content of tokenizer.json, except white space."""

@@ -118,8 +118,7 @@ class SentencePieceBackend(SpelledBackend):
 
     def decode_plain(self, ids: list[int], first: bool) -> str:
         """Return the text of ids, without the leading space that encoding puts before a text."""
-        text: str = (self._processor if first else self._after_text).decode(ids)
-        return text
+        return (self._processor if first else self._after_text).decode(ids)
 
     @cached_property
     def _after_text(self) -> SentencePieceProcessor:
@@ -127,8 +126,7 @@ class SentencePieceBackend(SpelledBackend):
 
     def piece(self, id: int) -> str | None:
         """Return the piece, with U+2581 for spaces."""
-        piece: str | None = self._processor.id_to_piece(id) if 0 <= id < self.size else None
-        return piece
+        return self._processor.id_to_piece(id) if 0 <= id < self.size else None
 
     def token_to_id(self, token: str) -> int | None:
         """Return the id of a piece or added token, or None."""

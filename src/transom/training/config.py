@@ -283,8 +283,7 @@ class TrainArgs:
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field as plain data, which `read_config` reads."""
-        data: dict[str, Any] = write(self)
-        return data
+        return write(self)
 
 
 def read_config(

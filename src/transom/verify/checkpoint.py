@@ -314,5 +314,4 @@ def _load_in_transformers(folder: Path, dtype: str) -> tuple[Any, list[str]]:
 @quiet()
 @torch.no_grad()
 def _their_logits(theirs: Any, tokens: Tensor) -> Tensor:
-    logits: Tensor = theirs(tokens).logits
-    return logits
+    return theirs(tokens).logits

@@ -309,8 +309,7 @@ class Stepper:
         """Run blocks uncompiled: scoring and sampling have shapes of all kinds."""
         if not self.compiled:
             return contextlib.nullcontext()
-        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-        return stance
+        return torch.compiler.set_stance("force_eager")
 
     def dry_run(self) -> None:
         """Run forward and backward passes of the largest micro-batch, and print what they take.

@@ -91,10 +91,9 @@ def head_loss(
     if model.args.logit_factor != 1.0:
         hidden_TD = hidden_TD * model.args.logit_factor
     cap = model.args.logit_softcap
-    loss: Tensor = _LinearCrossEntropy.apply(
+    return _LinearCrossEntropy.apply(
         hidden_TD, weight_VD, targets_T, weights_T, tokens or len(targets_T), cap, rows
     )
-    return loss
 
 
 def chunk_tokens(tokens: int, vocab_size: int) -> int:

@@ -33,8 +33,7 @@ class Objective(ABC):
 
         An objective whose answers are generated returns the batch with them.
         """
-        prepared: Batch = batch
-        return prepared
+        return batch
 
     def units(self, batch: Batch) -> Tensor:
         """Return this rank's share of what the loss of a step is divided by, as a scalar.

@@ -188,5 +188,4 @@ def _worker() -> Worker:
 def _ask(request: dict[str, Any]) -> bool | None:
     """Return the answer of the process that runs math-verify, or None if it takes too long."""
     require_math_verify()
-    answer: bool | None = _worker().ask(request, SECONDS)
-    return answer
+    return _worker().ask(request, SECONDS)

@@ -123,8 +123,7 @@ def _imported(name: str, module: str, function: str, file: Path) -> RewardFuncti
     functions = {key: one for key, one in vars(found).items() if callable(one) and key[0] != "_"}
     expected = f"a function of {file.name}{nearest(function, functions)}"
     expect(callable(getattr(found, function, None)), "finetune.reward", name, expected)
-    imported: RewardFunction = getattr(found, function)
-    return imported
+    return getattr(found, function)
 
 
 # -- built in --------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from transom.checkpoints.files.lazy_tensors import (
     cast,
     main_dtype,
 )
+from transom.checkpoints.files.location import ModelLocation
 from transom.checkpoints.files.safetensors_files import parse_size, write_stream
 from transom.checkpoints.files.staging import staged
 from transom.checkpoints.gguf.write import GGUF_DTYPES, GgufLayout, plan_gguf
@@ -38,6 +39,7 @@ from transom.checkpoints.mapping import to_foreign
 from transom.checkpoints.quantized.codes import Codes
 from transom.checkpoints.quantized.config import KEY as QUANTIZATION
 from transom.checkpoints.quantized.folder import quantized_groups
+from transom.checkpoints.state import meta_model
 from transom.config.layer_args import RopeLayout
 from transom.config.model_args import ModelArgs
 from transom.lora.adapters import plain_weights
@@ -126,6 +128,31 @@ def check_dtype(format: str, dtype: str | None) -> None:
     """Raise `RequestError` unless a format has a dtype, by the names of `save`."""
     names = GGUF_DTYPES if format == "gguf" else DTYPES
     expect(dtype is None or dtype in names, "dtype", dtype, ", ".join(names))
+
+
+def check_out(
+    out: str | Path,
+    location: ModelLocation,
+    args: ModelArgs,
+    format: FileFormat,
+    dtype: str | None = None,
+) -> None:
+    """Refuse a folder to write that is read, or a format that can't hold a model, before the work.
+
+    Args:
+        out: The folder to write.
+        location: What is read.
+        args: The arguments of the model that is written.
+        format: As for `save`.
+        dtype: As for `save`.
+
+    Raises:
+        RequestError: If it is so.
+    """
+    unread = Path(out).resolve() not in [folder.resolve() for folder in location.folders]
+    expect(unread, "out", str(out), "a folder that is not read")
+    shapes = {name: LazyTensor.of(one) for name, one in meta_model(args).named_parameters()}
+    plan_layout(args, shapes, format, dtype)
 
 
 def plan_layout(

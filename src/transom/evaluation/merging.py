@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from transom.base.errors import WorkError, expect, notice
+from transom.base.errors import WorkError, notice
 from transom.base.files import json_text, shown_name, write_text
 from transom.base.runtime import machine
 from transom.base.version import __version__
@@ -28,8 +28,7 @@ from transom.checkpoints.files.staging import staged
 from transom.checkpoints.fingerprint import fingerprint
 from transom.checkpoints.merge import BaseForm, Merge
 from transom.checkpoints.read_args import read_args
-from transom.checkpoints.save import plan_layout
-from transom.checkpoints.state import meta_model
+from transom.checkpoints.save import check_out, plan_layout
 from transom.evaluation.agreement import Agreement, agreement, logits_of, next_tokens
 from transom.evaluation.eval_model import adapter_hash
 from transom.evaluation.token_rows import TOKENS, TokenRows, token_rows
@@ -78,12 +77,8 @@ def merge_folders(
     """
     started = time.perf_counter()
     merge = Merge.plan(base, adapters, CombineArgs() if args is None else args, dtype, device)
-    for folder in merge.location.folders:
-        other = Path(out).resolve() != folder.resolve()
-        expect(other, "out", str(out), "a folder that is not read")
     model_args, kind = read_args(merge.base), format or folder_format(merge.base)
-    shapes = {name: LazyTensor.of(one) for name, one in meta_model(model_args).named_parameters()}
-    plan_layout(model_args, shapes, kind, merge.dtype)  # refuses a wrong request before the work
+    check_out(out, merge.location, model_args, kind, merge.dtype)
     rows = token_rows(merge.location, model_args, data, merge.run, tokens)
     controls, candidates, model = measure(merge, rows)
     kept = min(candidates, key=lambda form: _divergence(candidates[form]))

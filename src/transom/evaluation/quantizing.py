@@ -20,15 +20,15 @@ from transom.base.files import json_text, shown_name, write_text
 from transom.base.runtime import DTYPES, dtype_name, machine
 from transom.base.version import __version__
 from transom.checkpoints.files.companions import carry_companions
-from transom.checkpoints.files.lazy_tensors import LazyTensor, main_dtype
+from transom.checkpoints.files.lazy_tensors import main_dtype
 from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.files.staging import staged
 from transom.checkpoints.fingerprint import fingerprint
 from transom.checkpoints.load import load
 from transom.checkpoints.open_model import open_text
 from transom.checkpoints.read_args import read_args
-from transom.checkpoints.save import plan_layout, save
-from transom.checkpoints.state import meta_model, open_parameters
+from transom.checkpoints.save import check_out, save
+from transom.checkpoints.state import open_parameters
 from transom.data.chat.instructions import NAME as STDLIB
 from transom.evaluation.agreement import batches_of
 from transom.evaluation.intervals import CONFIDENCE, difference, figure
@@ -98,12 +98,8 @@ def quantize_folder(
     expect(format in ("hf", "native"), "format", format, "hf or native")
     expect(dtype is None or dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
     location = find_model(model, revision)
-    for folder in location.folders:
-        other = Path(out).resolve() != folder.resolve()
-        expect(other, "out", str(out), "a folder that is not read")
     made = _dense(location, device, "float32")
-    shapes = {n: LazyTensor.of(one) for n, one in meta_model(made.args).named_parameters()}
-    plan_layout(made.args, shapes, format)  # refuses a wrong request before the work
+    check_out(out, location, made.args, format)
     read, held = None, None
     if args.calibrated:
         most = calibration_rows * LENGTH

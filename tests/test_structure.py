@@ -83,27 +83,27 @@ def test_every_dependency_has_its_reason():
 
 # Code lines of each room. Lower a ceiling when a room shrinks; explain a higher one in the commit.
 CEILINGS = {
-    "base": 802,
+    "base": 820,
     "config": 688,
     "planning": 484,
-    "attention": 704,
+    "attention": 703,
     "ops": 214,
     "layers": 755,
     "cache": 462,
     "names": 130,
-    "models": 517,
-    "tokenizers": 972,
-    "quantize": 1_216,
+    "models": 516,
+    "tokenizers": 966,
+    "quantize": 1_210,
     "lora": 590,
     "chat": 898,
-    "checkpoints": 4_954,
+    "checkpoints": 4_958,
     "distributed": 1_450,
     "data": 2_150,
     "inference": 2_181,
-    "evaluation": 1_393,
-    "training": 4_259,
-    "verify": 3_058,
-    "cli": 1_864,
+    "evaluation": 1_371,
+    "training": 4_252,
+    "verify": 3_044,
+    "cli": 1_839,
 }
 
 

@@ -18,6 +18,7 @@ from benchmarks import parallel
 from tests.distributed.ranks import run_ranks
 from tests.training.finetune.runs import base_folder, chats, preferences, run_args
 from transom.base.errors import RequestError
+from transom.base.runtime import memory_bytes, reset_peak_memory, resident_bytes
 from transom.checkpoints.load import load
 from transom.checkpoints.save import save
 from transom.config.model_args import ModelArgs
@@ -376,6 +377,13 @@ RUNS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], dict[str, int]]] =
     "all weights": (chats, {"method": "full"}, {"shard": 2}),
     "adapter beside codes": (chats, {"quantize": {"kind": "nf4", "group": 0}}, {"tensor": 2}),
     "preferences": (preferences, {"objective": "dpo"}, {"tensor": 2}),
+    "new rows": (chats, {"method": "full", "new_tokens": ["<|x|>"]}, {"shard": 2}),
+    "scored before": (preferences, {"method": "full", "objective": "dpo"}, {"shard": 2}),
+    "norms of codes": (
+        chats,
+        {"quantize": {"group": 0, "fit_scales": True}, "lora": {"rank": 4, "dora": True}},
+        {"pipeline": 2},
+    ),
 }
 
 
@@ -403,6 +411,42 @@ def test_fine_tuning_on_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     for share in run_ranks(fine_tuned, 2, tmp_path, tmp_path, "ranks", True):
         for name, numbers in share.items():
             assert numbers == pytest.approx(alone[name], abs=1e-4), name
+
+
+def peak(folder: Path, finetune: dict[str, Any], degrees: dict[str, int]) -> int:
+    """Return the bytes that a rank takes from opening a run to the end of its first step."""
+    meshes = Meshes.make(ParallelArgs(**degrees), "cpu")
+    for base in ("small", "large"):  # the first run of a process also takes what any run does
+        reset_peak_memory(torch.device("cpu"))
+        before = resident_bytes()
+        args = run_args(folder, folder / base, folder / "chats.jsonl", "dry_run=false", **finetune)
+        trainer = open_run(args, quiet=True, overwrite=True, meshes=meshes)
+        trainer.step()
+        trainer.run.release()
+    return memory_bytes(torch.device("cpu")) - before
+
+
+def write_bases(folder: Path) -> None:
+    heads = {"n_heads": 8, "n_kv_heads": 8}
+    base_folder(folder / "small", **heads, dim=256, hidden_dim=256, n_layers=4)
+    base_folder(folder / "large", **heads, dim=512, hidden_dim=1536, n_layers=16)
+
+
+@pytest.mark.slow
+def test_no_rank_has_all_of_the_base_that_it_fine_tunes(tmp_path: Path) -> None:
+    chats(tmp_path / "chats.jsonl")
+    # In a process of its own, since ranks would inherit memory that it has freed.
+    run_ranks(write_bases, 1, tmp_path, tmp_path)
+    size = (tmp_path / "large/model.safetensors").stat().st_size
+    codes = {"quantize": {"kind": "nf4"}}
+    for finetune, degrees, share in (
+        ({}, {"shard": 4}, 0.75),
+        (codes, {"shard": 2, "tensor": 2}, 0.4),
+        (codes, {"pipeline": 4}, 0.5),
+    ):
+        (here := tmp_path / "-".join(degrees)).mkdir()
+        found = run_ranks(peak, 4, here, tmp_path, finetune, degrees)
+        assert max(found) < share * size, degrees
 
 
 def unscaled() -> tuple[float, float]:

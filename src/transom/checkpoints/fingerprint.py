@@ -75,7 +75,7 @@ def fingerprint(folder: str | Path, *, fresh: bool = False) -> str:
         if re.fullmatch("[0-9a-f]{64}", cached):
             return cached
     args = read_args(where)
-    made = fingerprint_of(args, open_parameters(where, args))
+    made = fingerprint_of(args, open_parameters(where, args, apart=True))
     # A file that changes twice within one tick of the clock has the same times, so results for new
     # files are not cached.
     settled = all(max(state[2:4]) < now - _SETTLED for state in states)

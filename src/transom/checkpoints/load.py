@@ -180,6 +180,26 @@ def load(
     return model
 
 
+def open_weights(
+    folder: Path, dtype: str, *, keep_quantized: bool | None = False
+) -> tuple[LLM, Mapping[str, TensorGroup]]:
+    """Return a model with all weights on the meta device, and its weights by name, not read yet.
+
+    Args:
+        folder: A model folder of any format.
+        dtype: As for `load`.
+        keep_quantized: As for `load`.
+
+    Raises:
+        RequestError: As for `load`.
+    """
+    verify_step(folder)
+    source = _open(ModelLocation(folder), "cpu", dtype, keep_quantized, apart=True)
+    model = _read_weights(folder, source, {*map(_block_of, source.groups)})
+    model.generation_settings = stated_settings((folder,))
+    return model, source.groups
+
+
 def load_plan(
     location: ModelLocation,
     device: str = "cpu",

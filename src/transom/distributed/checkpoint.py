@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -140,13 +140,15 @@ class Saver:
                     write_checksums(folder, sums)
                 stack.close()
 
-            folder = self._on_first(lambda: stack.enter_context(checkpoint.new_step))
+            folder = self.ranks.on_first(
+                lambda: stack.enter_context(checkpoint.new_step), self._group
+            )
             if folder is not None:
                 self._save(folder / TRAINER_PARTS, checkpoint.tensors)
                 self._save(folder / WEIGHT_PARTS, checkpoint.weights)
                 made = self._together(lambda: self._complete(checkpoint, folder))
                 sums = {name: one for part in made for name, one in part.items()}
-            self._on_first(finish)
+            self.ranks.on_first(finish, self._group)
 
     def _complete(self, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
         """Let rank 0 write the files of the model; return hashes of the files of this rank."""
@@ -176,10 +178,6 @@ class Saver:
 
     def _together(self, call: Callable[[], T]) -> list[T]:
         return self.ranks.together(call, self._group)
-
-    def _on_first(self, call: Callable[[], T]) -> T:
-        made = self._together(lambda: call() if self.ranks.rank == 0 else None)[0]
-        return cast(T, made)
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from transom.base.files import shown_name
-from transom.checkpoints.files.checksums import verify_step
-from transom.checkpoints.files.generation_config import stated_settings
-from transom.checkpoints.load import count_nonfinite, warn_nonfinite
-from transom.checkpoints.read_args import read_args
-from transom.checkpoints.state import meta_model, open_parameters
+from transom.checkpoints.files.lazy_tensors import TensorGroup
+from transom.checkpoints.load import count_nonfinite, open_weights, warn_nonfinite
+from transom.checkpoints.state import meta_model
 from transom.config.model_args import ModelArgs
 from transom.distributed.mesh import Meshes
 from transom.distributed.parallelize import parallelize
 from transom.distributed.parts import copy_full
 from transom.models.llm import LLM
+
+Tensors = dict[str, Tensor]
+# Returns all parameters of a module from those that files have; see `read_parts`.
+Complete = Callable[[str, nn.Module, Tensors], Tensors]
 
 
 def allocate(args: ModelArgs, meshes: Meshes | None, device: torch.device) -> LLM:
@@ -33,25 +37,72 @@ def allocate(args: ModelArgs, meshes: Meshes | None, device: torch.device) -> LL
     return model.to_empty(device=device)
 
 
-def load_parts(folder: Path, meshes: Meshes | None, device: torch.device) -> LLM:
+def load_parts(folder: Path, meshes: Meshes, device: torch.device) -> LLM:
     """Return a model in float32 with this rank's parts of its weights.
 
     Args:
         folder: A model folder of any format. Quantized weights are dequantized.
-        meshes: The ranks; None for one rank.
+        meshes: The ranks.
         device: The device of this rank.
 
     Raises:
         RequestError: The files are damaged or do not fit the config.
     """
-    verify_step(folder)
-    args = read_args(folder)
-    source, model = open_parameters(folder, args), allocate(args, meshes, device)
-    counts = {}
-    for name, weight in model.named_parameters():
-        full = source[name].read()
-        counts[name] = count_nonfinite(full)
-        copy_full(weight, full.to(weight.dtype))
-    warn_nonfinite(counts, shown_name(folder))
-    model.generation_settings = stated_settings((folder,))
+    model, weights = open_weights(folder, "float32")
+    read_parts(model, weights, meshes, device, shown_name(folder))
     return model
+
+
+@torch.no_grad()
+def read_parts(
+    model: LLM,
+    weights: Mapping[str, TensorGroup],
+    meshes: Meshes,
+    device: torch.device,
+    where: str,
+    complete: Complete | None = None,
+) -> None:
+    """Divide a model, and read this rank's parts of its weights, one module after the other.
+
+    Args:
+        model: The model of `open_weights`, which may have got adapters, codes or more rows since.
+            It is changed in place.
+        weights: Its weights as the files have them, not read yet.
+        meshes: The ranks.
+        device: The device of this rank.
+        where: The folder, for messages.
+        complete: Called for each module that has weights in the files, in the order of the model,
+            with its name, the module and these weights in full and in the dtype of the files. It
+            returns the module's parameters in full, with those of its adapters. On ranks without
+            the layer, tensors are on the meta device.
+
+    Raises:
+        RequestError: If the model cannot be divided, or by `complete`.
+    """
+    every = dict(model.named_modules())
+    parallelize(model, meshes).to_empty(device=device)
+    own, left = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    by_module: dict[str, list[TensorGroup]] = {path: [] for path in every}
+    for name, group in weights.items():
+        by_module[name.rpartition(".")[0]].append(group)
+    counts: dict[str, int] = {}
+
+    def fill(path: str, module: nn.Module) -> None:  # whose tensors are freed when it returns
+        full: Tensors = {}
+        for group in by_module[path]:
+            here = own.get(path) is module  # and not in another stage
+            read = group.read() if here else group.metas
+            if here and len(read) == 1:  # not codes
+                counts[group.keys[0]] = count_nonfinite(read[0])
+            full |= zip((key.rpartition(".")[2] for key in group.keys), read, strict=True)
+        made = full if complete is None else complete(path, module, full)
+        for name, tensor in made.items():
+            weight = left.pop(f"{path}.{name}", None)
+            if weight is not None:
+                copy_full(weight, tensor)
+
+    for path, module in every.items():
+        if by_module[path]:
+            fill(path, module)
+    assert not left, f"weights of no file: {[*left]}"
+    warn_nonfinite(counts, where)

@@ -37,9 +37,11 @@ def parallelize(model: LLM, meshes: Meshes) -> LLM:
         The same model.
 
     Raises:
-        RequestError: If an adapter or a quantized leaf cannot be divided. The model is unchanged.
+        RequestError: If the model, an adapter or a quantized leaf cannot be divided. The model is
+            unchanged.
     """
     args = meshes.args
+    args.check_model(model.args)
     for path, _, held in adapted_modules(model) if args.divides_model else ():
         replaced = any(isinstance(part, Replacement) for part in held.values())
         expect(not replaced, "adapter", path, "no modules_to_save where ranks divide the model")

@@ -84,12 +84,6 @@ def show_parts(module: nn.Module, part: Callable[[str, DTensor], Tensor]) -> Par
     return shown
 
 
-def is_divided(model: nn.Module) -> bool:
-    """Return whether a model has DTensors, or is a stage of a pipeline."""
-    found = (isinstance(parameter, DTensor) for parameter in model.parameters())
-    return "stage" in vars(model) or any(found)
-
-
 def local_part(tensor: Tensor) -> Tensor:
     """Return this rank's part of a DTensor, which shares its memory, or another tensor itself."""
     with torch.no_grad():

@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -215,9 +215,9 @@ class Ranks:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def on_first(self, call: Callable[[], None]) -> None:
-        """Run `call` on rank 0 while the other ranks wait; see `together`."""
-        self.together(lambda: call() if self.rank == 0 else None)
+    def on_first(self, call: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """Run `call` on rank 0 while the others wait, and return its value; see `together`."""
+        return cast(T, self.together(lambda: call() if self.rank == 0 else None, group)[0])
 
     def together(self, call: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
         """Run `call` on every rank, and return its values. If it fails on one, every rank fails.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from transom.base.errors import RequestError, expect, explained, nearest, notice
 from transom.layers.linear import Embedding
@@ -79,13 +79,18 @@ def _shorter_side(leaf: Leaf) -> int:
     return min(shape[-2:])
 
 
-def initial_weights(leaf: Leaf, args: LoraArgs, generator: torch.Generator) -> LoraWeights:
+def initial_weights(
+    leaf: Leaf, args: LoraArgs, generator: torch.Generator, weight: Tensor | None = None
+) -> LoraWeights:
     """Return A as `nn.Linear` initialises it and B as zeros, in float32 or wider, as
     mistral-finetune and PEFT do.
 
-    On an embedding A is zero and B is normal: a row of A sees only one token.
+    On an embedding A is zero and B is normal: a row of A sees only one token. `weight` is the
+    weight of the leaf, if the leaf has only a part of it. For one on the meta device, numbers are
+    drawn and not used.
     """
-    weight = leaf.weight.detach()  # once: a quantized leaf computes it at every reading
+    if weight is None:
+        weight = leaf.weight.detach()  # once: a quantized leaf computes it at every reading
     dtype = torch.promote_types(weight.dtype, torch.float32)
     embedding = isinstance(leaf, Embedding)
     *groups, outputs, inputs = weight.mT.shape if embedding else weight.shape

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from transom.base.errors import RequestError, expect, notice
 from transom.models.llm import LLM
@@ -51,6 +51,14 @@ def add_tokens(
     return larger
 
 
+def with_rows(weight: Tensor, rows: int) -> Tensor:
+    """Return a weight [V, D] as [rows, D]; rows that are new are the mean of the others."""
+    if rows == len(weight):
+        return weight
+    more = weight.float().mean(0, keepdim=True).to(weight.dtype).expand(rows - len(weight), -1)
+    return torch.cat([weight, more])
+
+
 @torch.no_grad()
 def resize_vocabulary(model: LLM, rows: int) -> None:
     """Enlarge embeddings and output to `rows` rows, in place. New rows are the mean of the old
@@ -67,8 +75,7 @@ def resize_vocabulary(model: LLM, rows: int) -> None:
         if leaf is None:
             continue
         old = leaf.weight
-        more = old.float().mean(0, keepdim=True).to(old.dtype).expand(rows - len(old), -1)
-        leaf.weight = nn.Parameter(torch.cat([old, more]), requires_grad=old.requires_grad)
+        leaf.weight = nn.Parameter(with_rows(old, rows), requires_grad=old.requires_grad)
     model.tok_embeddings.num_embeddings = rows
     if model.output is not None:
         model.output.out_features = rows

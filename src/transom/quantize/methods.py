@@ -140,9 +140,8 @@ def _quantize(
     rows = [0] * len(experts) if sums is None else sums.rows.tolist()
     made = []
     for e, weight in enumerate(experts):
-        fit = fitted_parts if args.method != "rtn" or args.fit_scales else None
         if sums is None or rows[e] == 0 or args.method == "rtn":
-            made.append(quantize(weight, format, fit))
+            made.append(rounded_parts(weight, format, args))
         elif args.method == "gptq":
             made.append(gptq(weight, sums.hessians[e], format, args.act_order, args.damping))
         else:
@@ -155,6 +154,12 @@ def _quantize(
     parts = stacked if leaf.weight.ndim == 3 else made[0]
     replace_weight(leaf, parts, format)
     return rows.count(0)
+
+
+def rounded_parts(weight: Tensor, format: WeightFormat, args: QuantizeArgs) -> dict[str, Tensor]:
+    """Return the parts of a weight [out, in] or [E, out, in] whose inputs are not known."""
+    fit = fitted_parts if args.method != "rtn" or args.fit_scales else None
+    return quantize(weight, format, fit)
 
 
 def _chosen(model: nn.Module, args: QuantizeArgs) -> dict[str, Dense]:
@@ -203,7 +208,12 @@ def _check(path: str, leaf: Dense, args: QuantizeArgs, empty: bool) -> None:
         raise RequestError(f"group: got {found}; expected {expected}")
     if leaf._modules:
         raise RequestError(f"{path}: got a leaf with an adapter; expected to quantize it before")
-    if empty or leaf.weight.is_meta:
+    if not empty:
+        check_finite(path, leaf.weight.detach())
+
+
+def check_finite(path: str, weight: Tensor) -> None:
+    """Raise `RequestError` if the weight of a leaf that is to be quantized is not finite."""
+    if weight.is_meta or bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
         return
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(leaf.weight.detach()))).all()):
-        raise RequestError(f"{path}.weight: got NaN or infinite numbers; expected finite ones")
+    raise RequestError(f"{path}.weight: got NaN or infinite numbers; expected finite ones")

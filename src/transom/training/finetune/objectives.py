@@ -7,6 +7,7 @@ import torch
 from transom.base.runtime import dtype_name, evaluating
 from transom.checkpoints.load import load
 from transom.checkpoints.open_model import load_tokenizer
+from transom.distributed.checkpoint import between_steps
 from transom.distributed.ranks import Ranks
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
@@ -59,4 +60,5 @@ def finetune_objective(
         with evaluating(model), torch.autocast(kind, dtype, enabled=enabled):
             batches = (*held_batches(data.train), *data.held_out)
             reference = precompute_reference(model, batches, chunk)
+        between_steps(model)  # the optimizer takes the parts of the parameters
     return Preference(model, finetune, chunk, reference, ranks)

@@ -7,6 +7,9 @@ from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
 from transom.base.errors import expect, notice
 from transom.base.fields import write
 from transom.base.files import shown_name
@@ -14,18 +17,28 @@ from transom.base.runtime import dtype_name
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.adapters.write import save_adapter
+from transom.checkpoints.files.lazy_tensors import LazyTensor
 from transom.checkpoints.fingerprint import fingerprint
-from transom.checkpoints.load import load
+from transom.checkpoints.load import load, open_weights
 from transom.checkpoints.open_model import load_tokenizer
 from transom.checkpoints.read_args import read_args
-from transom.distributed.loading import load_parts
-from transom.lora.adapters import activate_adapters, active_adapters, adapter_names, remove_adapter
-from transom.lora.apply import apply_lora
+from transom.distributed.loading import Complete, read_parts
+from transom.lora.adapters import (
+    Adapters,
+    activate_adapters,
+    active_adapters,
+    adapter_names,
+    remove_adapter,
+)
+from transom.lora.apply import apply_lora, initial_weights
 from transom.lora.args import LoraArgs
 from transom.lora.coverage import coverage_lines
-from transom.lora.vocabulary import add_tokens
+from transom.lora.vocabulary import add_tokens, with_rows
+from transom.lora.weights import LEAVES
 from transom.models.llm import LLM
-from transom.quantize.methods import quantize_model
+from transom.quantize.formats import dequantize
+from transom.quantize.leaves import Quantized
+from transom.quantize.methods import check_finite, quantize_model, rounded_parts
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.defaults import RowChoice, few_steps_warning
@@ -60,9 +73,9 @@ def finetune_parts(args: TrainArgs, choice: DtypeChoice) -> RunParts:
     # An adapter names its base: a folder by its absolute path, or a hub id.
     base = shown_name(folder.resolve()) if Path(args.base).exists() else args.base
     choice.limit(read_args(folder))
-    model, tokenizer = finetune_model(folder, args, choice)
-    mark = fingerprint(folder)
-    for line in coverage_lines(model):
+    model, tokenizer, coverage = finetune_model(folder, args, choice, base)
+    mark = ranks.on_first(lambda: fingerprint(folder))
+    for line in coverage:
         ranks.say(line)
     template = ChatTemplate.find(folder, tokenizer, args.finetune_settings.template)
     template, args = dated(template, args)
@@ -78,11 +91,10 @@ def finetune_parts(args: TrainArgs, choice: DtypeChoice) -> RunParts:
         choice.settle(model, timed, data.batches, items, frozen=lora)
         if lora:
             del model, timed  # before there is another model
-            model, tokenizer = finetune_model(folder, args, choice)
+            model, tokenizer, _ = finetune_model(folder, args, choice, base)
     companions = Companions(folder, tokenizer, data.template, new_tokens=bool(finetune.new_tokens))
     writer: ModelWriter | AdapterWriter
     if lora:
-        check_written(model, base)
         quantize = None if finetune.quantize is None else dict(write(finetune.quantize))
         dtype = dtype_name(choice.dtype)
         writer = AdapterWriter(model, companions, base, mark, dtype, quantize)
@@ -92,35 +104,81 @@ def finetune_parts(args: TrainArgs, choice: DtypeChoice) -> RunParts:
     return RunParts(model.train(), tokenizer, data, objective, writer, args)
 
 
-def finetune_model(folder: Path, args: TrainArgs, choice: DtypeChoice) -> tuple[LLM, Tokenizer]:
+def finetune_model(
+    folder: Path, args: TrainArgs, choice: DtypeChoice, base: str
+) -> tuple[LLM, Tokenizer, list[str]]:
     """Return the base, ready to train with its adapter or all its weights, and its tokenizer.
 
     Frozen weights have the dtype of autocast, which would otherwise cast them at every use. They
     are in float32 while the choice of that dtype is open. The random state does not change.
+
+    Returns:
+        The model, of which ranks that divide it have their parts, its tokenizer, and the lines of
+        the coverage report.
     """
-    device, finetune = choice.ranks.device, args.finetune_settings
-    before = random_state(device)
+    ranks, finetune = choice.ranks, args.finetune_settings
+    before = random_state(ranks.device)
     wide = finetune.method == "full" or choice.is_open
     dtype, keep = "float32" if wide else dtype_name(choice.dtype), finetune.keep_quantized
     if finetune.method == "full" or finetune.quantize is not None:
         keep = False
-    # Adapters, codes, new rows and a reference are made from full weights, which are divided later.
-    plain = finetune.method == "full" and finetune.objective == "sft" and not finetune.new_tokens
-    model = (
-        load_parts(folder, choice.ranks.meshes, device)
-        if choice.ranks.divided and plain
-        else load(folder, str(device), dtype, keep_quantized=keep)
-    )
+    weights = None
+    if ranks.divided:  # each weight is read when it is divided
+        model, weights = open_weights(folder, dtype, keep_quantized=keep)
+    else:
+        model = load(folder, str(ranks.device), dtype, keep_quantized=keep)
     expected = "a language model without a head for fine-tuning"
     expect(model.args.head is None, "base", args.base, expected)
     args.check_model(model.args)
     words = finetune.new_tokens
     tokenizer = add_tokens(model, load_tokenizer(folder), words, finetune.vocab_multiple)
     choose_weights(model, finetune, args.seed, new_tokens=bool(words))
+    if finetune.method == "lora":
+        check_written(model, base)
     if finetune.noise:
         add_embedding_noise(model, finetune.noise)
-    restore_random_state(device, before)
-    return model, tokenizer
+    coverage = coverage_lines(model)
+    if weights is not None and ranks.meshes is not None:
+        changed = finetune.method == "lora" or words
+        complete = completion(finetune, args.seed, ranks.device) if changed else None
+        read_parts(model, weights, ranks.meshes, ranks.device, shown_name(folder), complete)
+    restore_random_state(ranks.device, before)
+    return model, tokenizer, coverage
+
+
+def completion(finetune: FinetuneArgs, seed: int, device: torch.device) -> Complete:
+    """Return what makes the weights of each leaf as `choose_weights` does, from those of files.
+
+    Args:
+        finetune: The settings.
+        seed: Seed of the adapter's weights.
+        device: Where weights are quantized.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def complete(path: str, module: nn.Module, read: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not isinstance(module, LEAVES):
+            return read
+        made, adapters = dict(read), module._modules.get("lora")
+        if "weight" in read:
+            dtype = module.dtype if isinstance(module, Quantized) else module.weight.dtype
+            weight = read["weight"].to(device if not read["weight"].is_meta else "meta", dtype)
+            if isinstance(module, Quantized):
+                assert finetune.quantize is not None, "else the files have the codes"
+                check_finite(path, weight)
+                del made["weight"]
+                made |= rounded_parts(weight, module.format, finetune.quantize)
+            else:
+                made["weight"] = weight = with_rows(weight, len(module.weight))
+        if isinstance(adapters, Adapters):
+            if isinstance(module, Quantized):
+                parts = {name: made[name] for name in module.part_names}
+                weight = dequantize(parts, module.format).to(module.dtype)
+            lora = initial_weights(module, finetune.lora, generator, weight)
+            made |= {f"lora.{ADAPTER}.{key}": one for key, one in lora.named_parameters()}
+        return made
+
+    return complete
 
 
 def dated(template: ChatTemplate | None, args: TrainArgs) -> tuple[ChatTemplate | None, TrainArgs]:
@@ -179,11 +237,20 @@ def choose_weights(model: LLM, finetune: FinetuneArgs, seed: int, *, new_tokens:
 def check_written(model: LLM, base: str) -> None:
     """Raise `RequestError` now, and not after the first steps, if no file can hold the adapter.
 
-    The adapter is written and read back as a second one. The model is afterwards as it was.
+    The adapter is written and read back as a second one. The model is afterwards as it was, and it
+    may be on the meta device.
     """
     active, copy = active_adapters(model), f"{ADAPTER}_read"
+    weights = None
+    if model.device.type == "meta":
+        named = model.named_parameters()
+        weights = {
+            name: LazyTensor.of(torch.zeros_like(one, device="cpu"))
+            for name, one in named
+            if one.requires_grad
+        }
     with tempfile.TemporaryDirectory(prefix="transom-") as folder:
-        save_adapter(model, folder, ADAPTER, base=base)
+        save_adapter(model, folder, ADAPTER, base=base, weights=weights)
         activate_adapters(model, ())  # the files are read for the base alone
         try:
             load_adapter(model, folder, copy)

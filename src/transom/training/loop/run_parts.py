@@ -73,7 +73,7 @@ def continued_parts(args: TrainArgs, choice: DtypeChoice) -> RunParts:
     ranks = choice.ranks
     model = (
         load_parts(folder, ranks.meshes, ranks.device)
-        if ranks.divided
+        if ranks.divided and ranks.meshes is not None
         else load(folder, str(ranks.device), "float32", keep_quantized=False)
     ).train()
     args.check_model(model.args)

@@ -16,8 +16,6 @@ from transom.base.runtime import (
     seed_everything,
 )
 from transom.distributed.mesh import Meshes
-from transom.distributed.parallelize import parallelize
-from transom.distributed.parts import is_divided
 from transom.distributed.ranks import Ranks
 from transom.planning.counts import parameters
 from transom.planning.tables import counted
@@ -136,8 +134,6 @@ def _open_trainer(
         parts = finetune_parts(args, choice)
     if ranks.meshes is not None:
         args.check_ranks(ranks.meshes.args, parts.model.args)
-        if not is_divided(parts.model):
-            parallelize(parts.model, ranks.meshes)
     if args.float8:
         count = use_float8(parts.model, ranks.device, choice.dtype)
         ranks.say(f"float8: {count} linears train with products of 8-bit floats")

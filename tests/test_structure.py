@@ -96,7 +96,7 @@ CEILINGS = {
     "quantize": 1_215,
     "lora": 595,
     "chat": 898,
-    "checkpoints": 4_965,
+    "checkpoints": 4_966,
     "distributed": 1_450,
     "data": 2_150,
     "inference": 2_181,

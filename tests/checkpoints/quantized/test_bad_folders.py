@@ -29,7 +29,7 @@ CONFIGS = {
     "dynamic": (folders.config_of(dynamic={"(": {}}), "expected a regular expression"),
     "dynamic bits": (folders.config_of(dynamic={"x": {"bits": 2}}), "dynamic: x: bits: got 2"),
     "awq gemv": ({**AWQ, "version": "gemv"}, "version: got 'gemv'; expected gemm"),
-    "awq without zeros": ({**AWQ, "zero_point": False}, "zero_point: got False"),
+    "awq of GPTQModel": ({**AWQ, "format": "gemv_fast"}, "format: got 'gemv_fast'; expected gemm"),
     "8 bits": ({**BITSANDBYTES, "load_in_8bit": True}, "load_in_8bit: got True"),
     "fp8 block": ({**folders.FP8, "weight_block_size": [128]}, "weight_block_size: got .128."),
 }

@@ -2,19 +2,32 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    AwqConfig,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils.quantization_config import AwqBackend
 
 from tests.checkpoints.families import random_ids, tiny_hf
 from tests.checkpoints.quantized import folders
 from tests.checkpoints.quantized.test_round_trip import quantized
-from tests.helpers import random_tokens
+from tests.helpers import random_model, random_tokens, tiny_args
+from transom.base.files import read_json
+from transom.checkpoints.convert import convert
 from transom.checkpoints.load import load
 from transom.checkpoints.save import save
 from transom.layers.inputs import TransformerInput
+from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import quantized_leaves
+from transom.quantize.methods import quantize_model
 
 # Rows are whole blocks: dequantization of bitsandbytes 0.50 on the CPU is wrong where they are not.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+
+AWQ_PARTS = ("qweight", "qzeros", "scales", "bits", "group_size")
 
 
 def opened(folder, **options):
@@ -63,6 +76,72 @@ def test_gptqmodel_has_the_same_weights(case, tmp_path):
         leaf = getattr(model.layers[0].attention, f"w{letter}")
         found = getattr(theirs.self_attn, f"{letter}_proj").dequantize_weight().T
         assert torch.equal(found, leaf.dequantize()), letter
+
+
+def same_awq(theirs, ours):
+    """Compare all weights of layers bit for bit, and the logits."""
+    packing = pytest.importorskip("gptqmodel.quantization.awq.utils.packing_utils")
+    found = {
+        name: packing.dequantize_gemm(*(getattr(one, key) for key in AWQ_PARTS)).T
+        for name, one in theirs.named_modules()
+        if hasattr(one, "qzeros")
+    }
+    names = {"q": "wq", "k": "wk", "v": "wv", "o": "wo"}
+    others = {"gate": "w_gate", "up": "w_value", "down": "w_out"}
+    assert len(found) == len(quantized_leaves(ours)) == 7 * len(ours.layers)
+    for i, block in enumerate(ours.layers):
+        for part, leaves, room in (
+            ("self_attn", names, block.attention),
+            ("mlp", others, block.feed_forward),
+        ):
+            for theirs_name, name in leaves.items():
+                key = f"model.layers.{i}.{part}.{theirs_name}_proj"
+                assert torch.equal(found[key], getattr(room, name).dequantize()), key
+    ids = random_ids(2, 40)
+    expected = ours.float()(TransformerInput(ids)).logits
+    noise = 0.02 * float(expected.abs().max())  # their products are in float16
+    assert torch.allclose(theirs(ids).logits.float(), expected, atol=noise, rtol=0)
+
+
+def opened_awq(folder):
+    config = AwqConfig.from_dict(read_json(folder / "config.json")["quantization_config"])
+    config.backend = AwqBackend.TORCH_AWQ  # the others are compiled for minutes
+    return opened(folder, dtype=torch.float16, quantization_config=config)
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_gptqmodel_opens_our_awq(zero_points, tmp_path):
+    pytest.importorskip("gptqmodel")
+    args = QuantizeArgs(kind="int4", group=32, zero_points=zero_points)
+    made = random_model(tiny_args(dim=64, hidden_dim=128, vocab_size=99, rope_layout="halves"))
+    save(quantize_model(made.half(), args), tmp_path / "gptq", "hf")
+    convert(tmp_path / "gptq", tmp_path / "awq", "awq")
+    same_awq(opened_awq(tmp_path / "awq"), load(tmp_path / "awq"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2"])
+def test_we_open_the_awq_of_gptqmodel(family, symmetric, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")
+    gptqmodel = pytest.importorskip("gptqmodel")
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    tiny_hf(family, **sizes, **ends).half().save_pretrained(tmp_path / "dense")
+    words = models.WordLevel({f"w{i}": i for i in range(99)}, unk_token="w0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="w0")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    config = gptqmodel.QuantizeConfig(
+        bits=4, group_size=32, quant_method="awq", format="gemm", sym=symmetric, device="cpu"
+    )
+    theirs = gptqmodel.GPTQModel.load(str(tmp_path / "dense"), config, dtype=torch.float16)
+    rows = random_ids(16, 256)
+    theirs.quantize(
+        [{"input_ids": row.tolist(), "attention_mask": [1] * 256} for row in rows], batch_size=2
+    )
+    theirs.save(str(tmp_path / "awq"))
+    same_awq(opened_awq(tmp_path / "awq"), load(tmp_path / "awq"))
+    assert "keys not read" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -25,9 +25,14 @@ GPTQ = {
 }
 BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}
+AWQ_OF_GPTQMODEL = AWQ | {
+    "method": "awq", "checkpoint_format": "gemm", "format": "gemm", "pack_dtype": "int32",
+    "desc_act": False, "zero_point": False, "lm_head": False, "dynamic": {"-:lm_head": {}}, "meta": {},
+}  # fmt: skip
 CASES = {
     **{name: (folders.config_of(**k), partial(folders.gptq, **k)) for name, k in GPTQ.items()},
     "awq": (AWQ, folders.awq),
+    "awq of GPTQModel": (AWQ_OF_GPTQMODEL, folders.awq),
     "nf4": (BITSANDBYTES, folders.bitsandbytes),
     "nf4, blocks longer than rows": (BITSANDBYTES, partial(folders.bitsandbytes, block=48)),
     "nf4 with double quantization": (BITSANDBYTES, partial(folders.bitsandbytes, nested=True)),

@@ -30,7 +30,9 @@ _HARMLESS: dict[str, str] = {
     "module_name_preceding_first_block modules_in_block_to_quantize mse offload_to_disk "
     "offload_to_disk_path pad_token_id static_groups sym tokenizer true_sequential use_cuda_fp16 "
     "use_exllama",
-    "awq": "backend do_fuse exllama_config fuse_max_seq_len modules_to_fuse modules_to_not_convert",
+    # GPTQModel writes `dynamic` here too, and leaves out what it excludes; all else has one size.
+    "awq": "backend desc_act do_fuse dynamic exllama_config fuse_max_seq_len lm_head meta method "
+    "modules_to_fuse modules_to_not_convert",
     "bitsandbytes": "_load_in_4bit _load_in_8bit bnb_4bit_compute_dtype bnb_4bit_quant_storage "
     "bnb_4bit_quant_type bnb_4bit_use_double_quant embeddings llm_int8_enable_fp32_cpu_offload "
     "llm_int8_has_fp16_weight llm_int8_skip_modules llm_int8_threshold",
@@ -126,12 +128,12 @@ def _gptq(own: ForeignConfig) -> Quantization:
 
 
 def _awq(own: ForeignConfig) -> Quantization:
-    version = str(own.get("version", "gemm")).lower()
-    own.check(version == "gemm", "version", "gemm")
-    own.expect("zero_point", True)
+    for key in ("version", "checkpoint_format", "format"):  # the last two are GPTQModel's
+        own.check(str(own.get(key, "gemm")).lower() == "gemm", key, "gemm")
+    own.expect("pack_dtype", "int32")
+    own.expect("zero_point", True, False)  # if not, `qzeros` has the middle of all codes
     own.expect("bits", 4)
-    _, group = _sizes({"bits": 4, "group_size": own["group_size"]}, own.where)
-    return Quantization("awq", 4, group)
+    return Quantization("awq", *_sizes({"bits": 4, "group_size": own["group_size"]}, own.where))
 
 
 def _bitsandbytes(own: ForeignConfig) -> Quantization:

@@ -47,10 +47,15 @@ CASES: dict[str, dict[str, int]] = {
 CPU = torch.device("cpu")
 
 
-def rows(device: torch.device) -> list[dict[str, Any]]:
-    """Return one row per layout. Ranks are processes on this machine, whatever `device` is."""
+def rows(device: torch.device, part: str = "") -> list[dict[str, Any]]:
+    """Return one row per layout. Ranks are processes on this machine, whatever `device` is.
+
+    `part` is the first word of the cases to measure, such as `pipeline`; all by default.
+    """
     found = []
     for case, degrees in CASES.items():
+        if part not in ("", case.split()[0]):
+            continue
         one, rank = (
             measured({"shard": 1}, 1, "expert" in degrees),
             measured(degrees, RANKS, "expert" in degrees),
@@ -94,10 +99,11 @@ def _measure(rank: int, ranks: int, folder: str, degrees: dict[str, int], expert
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     meshes = Meshes.make(ParallelArgs(**degrees), "cpu")
-    _step(meshes, {**SHAPE, **SMALL})  # what the first step of any model takes
+    shape = {**SHAPE, "moe_args": EXPERTS if experts else None}
+    _step(meshes, {**shape, **SMALL})  # what the first step of any model takes
     reset_peak_memory(CPU)
     before = resident_bytes()
-    kept = _step(meshes, {**SHAPE, "moe_args": EXPERTS if experts else None})
+    kept = _step(meshes, shape)
     found = {"kept": kept, "peak": memory_bytes(CPU) - before}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()

@@ -85,7 +85,7 @@ def test_every_dependency_has_its_reason():
 CEILINGS = {
     "base": 820,
     "config": 688,
-    "planning": 484,
+    "planning": 492,
     "attention": 703,
     "ops": 214,
     "layers": 755,
@@ -99,7 +99,7 @@ CEILINGS = {
     "checkpoints": 4_966,
     "distributed": 1_450,
     "data": 2_150,
-    "inference": 2_181,
+    "inference": 2_182,
     "evaluation": 1_371,
     "training": 4_292,
     "verify": 3_044,

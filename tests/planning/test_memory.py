@@ -1,5 +1,6 @@
 """What a model will take in memory is what it takes: weights and caches exactly, calls about."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transom.checkpoints.load import load, load_plan
 from transom.checkpoints.save import save
 from transom.cli.main import main
 from transom.inference import room
+from transom.inference.joined_weights import joined_weights
 from transom.inference.memory_answer import memory_answer
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
@@ -92,6 +94,18 @@ def test_estimates_of_calls_are_near_what_they_allocate(name):
     for _ in range(pieces - 2):
         last = call(step)
     assert LEAST < call_bytes(model.args, work, step, step * (pieces - 1)) / last < MOST
+
+
+@pytest.mark.parametrize("name", ["halves", "experts", "latent"])
+def test_joined_weights_are_in_memory_twice_a_layer_at_a_time(name):
+    fields, dtype, _ = JOBS[name]
+    model = LLM(tiny_args(**{**WIDE, **fields})).to(dtype).eval()
+    work = Workload(1, 1, dtype.itemsize, joined=True)
+    # The profiler counts what is freed of a copy that is made while it runs.
+    found = allocated(lambda: joined_weights(copy.deepcopy(model)).__enter__())
+    found -= sum(weight.nbytes for weight in model.parameters())
+    assert 1 <= memory.joined_bytes(model.args, work) / found < MOST
+    assert memory.memory_plan(model.args, work, {}).prefill >= found
 
 
 def test_kinds_of_counts_are_those_of_names():

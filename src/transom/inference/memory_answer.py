@@ -107,7 +107,7 @@ def memory_answer(
 
     def work_in(width: int) -> Workload:
         native = device == "cpu" and width <= 4 and not decode.compile
-        return Workload(batch, context, width, decode.kv_bits, step, native)
+        return Workload(batch, context, width, decode.kv_bits, step, native, device != "cpu")
 
     def beside(load: LoadPlan) -> int:
         least.update(load.weights)

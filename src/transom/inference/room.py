@@ -166,8 +166,8 @@ def workload(
 ) -> Workload:
     """Return what a request asks of memory; see `check_memory` for the arguments."""
     native = device.type == "cpu" and dtype in DENSE and not decode.compile
-    step = decode.prefill_step_size
-    return Workload(rows, tokens, dtype.itemsize, decode.kv_bits, step, native)
+    step, joined = decode.prefill_step_size, device.type != "cpu"
+    return Workload(rows, tokens, dtype.itemsize, decode.kv_bits, step, native, joined)
 
 
 def prefix_bytes(device: torch.device) -> int:

@@ -35,6 +35,7 @@ class Workload:
         kv_bits: As in `DecodeArgs`.
         step: Prompt tokens per forward call.
         native: Whether decode steps run in C++, which reads codes and masks nothing.
+        joined: Whether weights of one input are brought side by side first, as on GPUs.
     """
 
     rows: int
@@ -43,6 +44,7 @@ class Workload:
     kv_bits: int = 16
     step: int = 512
     native: bool = True
+    joined: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class MemoryPlan:
         mapped: The share of the weights that stays in memory maps of their files. The system may
             drop these pages and read them again, so they do not have to fit.
         cache: The KV cache as it is allocated, by kind of layer.
-        prefill: An estimate of the most that a forward call of the prompt allocates.
+        prefill: An estimate of the most that a forward call of the prompt allocates, or that
+            weights take which are joined before it.
         decode: An estimate for a step of one token per row.
         logits: Logits of one token per row, and what sampling makes of them.
         more: What else there is, by name.
@@ -109,6 +112,7 @@ def memory_plan(
         prefill = max(prefill, call_bytes(args, work, step, work.tokens))
     if work.rows > 1:  # a beginning that the rows share runs as a row of its own, see `prefill`
         prefill += 2 * sum(cache.values()) // work.rows
+    prefill = max(prefill, joined_bytes(args, work))
     decode = native_bytes(args, work) if work.native else call_bytes(args, work, 1, work.tokens)
     logits = work.rows * args.vocab_size * (work.value_bytes + 12)
     return MemoryPlan(weights, mapped, cache, prefill, decode, logits, more or {})
@@ -190,6 +194,16 @@ def cache_parts(args: ModelArgs, work: Workload, slack: int = SLACK) -> dict[str
         stores.add(slots)
     out["positions"] = 8 * work.rows * sum(stores)
     return dict(out)
+
+
+def joined_bytes(args: ModelArgs, work: Workload) -> int:
+    """Estimate the weights of one input that are in memory twice while they are joined: those of
+    gate and value, or of the attention, of the widest layer. 0 if nothing is joined.
+    """
+    layers = args.layers if work.joined else ()
+    sizes = [counts.attention_weights(one) for one in layers]
+    sizes += [2 * one.dim * one.hidden_dim for one in layers if one.moe is None and one.ffn_gated]
+    return work.value_bytes * max(sizes, default=0)
 
 
 def stored_bytes(args: ModelArgs, work: Workload) -> int:

@@ -93,7 +93,7 @@ CEILINGS = {
     "names": 130,
     "models": 516,
     "tokenizers": 966,
-    "quantize": 1_215,
+    "quantize": 1_221,
     "lora": 595,
     "chat": 898,
     "checkpoints": 4_966,

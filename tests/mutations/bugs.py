@@ -75,6 +75,7 @@ BUGS: tuple[Bug, ...] = (
     Bug("partial block lost", "attention", model_bugs.lost_partial_block),
     Bug("scale of the wrong group", "ops", ops_bugs.neighbouring_scale),
     Bug("order of columns ignored", "ops", ops_bugs.ignored_order),
+    Bug("value of the wrong code", "ops", ops_bugs.neighbouring_level),
     Bug("plan without windows", "ops", ops_bugs.unlimited_plan),
     Bug("mean of the means of ranks", "parallel", parallel_bugs.mean_of_means),
     Bug("gradient norm of one rank", "parallel", parallel_bugs.norm_of_one_rank),

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from tests.mutations.planting import Call, changed
-from transom.ops import block, products
-from transom.quantize.formats import Parts
+from transom.ops import block, products, weights
+from transom.quantize.formats import Parts, integers
 
 
 def neighbouring_scale() -> AbstractContextManager[None]:
@@ -36,6 +36,19 @@ def ignored_order() -> AbstractContextManager[None]:
         return coded_weight
 
     return changed(products, "coded_weight", make)
+
+
+def neighbouring_level() -> AbstractContextManager[None]:
+    """Codes that index a table of values have the value of the code before."""
+
+    def make(original: Call) -> Call:
+        def levels(values: tuple[float, ...]) -> Any:
+            table = values != integers(int(values[0]))
+            return original((values[-1], *values[:-1]) if table else values)
+
+        return levels
+
+    return changed(weights, "_levels", make)
 
 
 def unlimited_plan() -> AbstractContextManager[None]:

@@ -13,8 +13,9 @@ from transom.ops import products
 from transom.ops.build import SWITCH
 from transom.ops.weights import Weight, coded_weight, dense_weight
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.formats import FLOAT8, dequantize
+from transom.quantize.formats import FLOAT8, WeightFormat, dequantize
 from transom.quantize.methods import quantize_model
+from transom.quantize.tiles import fits_tiles, in_tiles
 from transom.verify import ops as verify
 
 EXPERTS = {"num_experts": 4, "top_k": 2, "hidden_dim": 64}
@@ -116,12 +117,17 @@ def test_weights_of_several_orders_share_a_call(rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_every_float_of_8_bits_is_multiplied_exactly(dtype):
+@pytest.mark.parametrize("tiled", [False, True], ids=["rows", "tiles"])
+def test_every_float_of_8_bits_is_multiplied_exactly(dtype, tiled):
     """The smallest are subnormal; a row of a unit matrix picks the numbers of its input."""
     bits = torch.arange(256, dtype=torch.uint8)
-    codes = torch.where(bits & 127 == 127, 0, bits).view(FLOAT8).view(4, 64)
-    parts = {"codes": codes, "scales": torch.ones(4, 2)}
-    weight = coded_weight(parts, None, torch.float32, 0, None, dtype)
+    codes = torch.where(bits & 127 == 127, 0, bits).view(FLOAT8).view(4, 64).repeat(4, 1)
+    format, parts = WeightFormat(None, 32, codes=FLOAT8), {"codes": codes}
+    parts["scales"] = torch.ones(16, 2)
+    if tiled and not fits_tiles(parts, format):
+        pytest.skip("this CPU does not multiply tiles")
+    own = in_tiles(parts, format) if tiled else parts
+    weight = coded_weight(own, None, torch.float32, 0, None, dtype)
     for rows in (1, 4, 64):
         for x in torch.eye(64).split(rows):
             (y,) = products.multiply(x, [weight])

@@ -15,12 +15,13 @@ from transom.quantize.methods import quantize_model
 MOE = {"num_experts": 3, "top_k": 2, "hidden_dim": 64}
 
 
-@pytest.fixture(params=["int4", "int8"])
+@pytest.fixture(params=["int4", "int8", "nf4", "fp8"])
 def models(request):
     """Return a model whose weights are in tiles, and the same one with rows."""
     args = tiny_args(dim=64, hidden_dim=96, moe_args=MOE)
     model = random_model(args)
-    quantize_model(model, QuantizeArgs(kind=request.param, group=32, zero_points=True))
+    zeros = request.param in ("int4", "int8")
+    quantize_model(model, QuantizeArgs(kind=request.param, group=32, zero_points=zeros))
     other = deepcopy(model)
     tile_weights(model)
     if not any("tiles" in leaf.part_names for leaf in quantized_leaves(model).values()):

@@ -26,6 +26,13 @@ inline float value_at(const Weight& weight, int64_t output, int64_t i) {
     return weight.levels[i % 2 ? pair & 15 : pair >> 4];
 }
 
+// Whether the values of 16 codes are integers in a row.
+inline bool in_a_row(const float* levels) {
+    for (int code = 1; code < 16; ++code)
+        if (levels[code] != levels[0] + float(code)) return false;
+    return true;
+}
+
 inline int64_t row_bytes(const Weight& weight) {
     switch (weight.storage) {
         case kFloat32: return weight.inputs * 4;

@@ -4,7 +4,7 @@
 // float32.
 //
 // The numbers of a few outputs become vectors in registers and are multiplied at once with some
-// rows (kernel.h). Codes in tiles are multiplied as bytes (tiles.h).
+// rows (kernel.h). Codes in tiles are multiplied as bytes (tiles.h) or as floats (float_tiles.h).
 // Where decoding is slow beside the products, many rows share numbers that are written to a buffer
 // in the cache of the core.
 
@@ -13,6 +13,7 @@
 #include <cstring>
 #include <vector>
 
+#include "float_tiles.h"
 #include "kernel.h"
 #include "numbers.h"
 #include "rows.h"
@@ -226,14 +227,8 @@ struct StreamPath {
 #ifdef TRANSOM_TILES
 
 // The products of a weight in tiles.
-template <bool four, int planes, int span>
+template <class Tiles>
 struct TilePath {
-    using Rows = PlaneRows<four, planes, span>;
-
-    static Rows& rows_of(const Job& job) {
-        return *static_cast<Rows*>(const_cast<void*>(job.prepared));
-    }
-
     static void outputs_from(const Job& job, int64_t first) {
         static thread_local std::vector<float> factors;
         const Weight& weight = *job.weight;
@@ -257,10 +252,9 @@ struct TilePath {
     static void some(const Job& job, const uint8_t* codes, const float* scales,
                      const float* offsets, int64_t first, int64_t row) {
         const Weight& weight = *job.weight;
-        const Rows& x = rows_of(job);
+        const auto& x = *static_cast<const typename Tiles::Rows*>(job.prepared);
         __m512 sums[R];
-        tile_products<four, planes, span, R>(codes, scales, offsets, weight, x.bytes_of(row),
-                                             x.facts_of(row), sums);
+        Tiles::template products<R>(codes, scales, offsets, weight, x, row, sums);
         for (int r = 0; r < R; ++r) {
             float* y = job.y + (row + r) * weight.outputs + first;
             if (weight.bias) sums[r] = _mm512_add_ps(sums[r], _mm512_loadu_ps(weight.bias + first));
@@ -301,12 +295,6 @@ void outputs_one_by_one(const Job& job, int64_t first) {
     }
 }
 
-bool in_a_row(const float* levels) {
-    for (int code = 1; code < 16; ++code)
-        if (levels[code] != levels[0] + float(code)) return false;
-    return true;
-}
-
 template <class S, bool pairs = false>
 void take(Job& job, Rows& rows) {
     job.outputs = Path<S>::outputs_from;
@@ -320,26 +308,33 @@ void take(Job& job, Rows& rows) {
 }
 
 #ifdef TRANSOM_TILES
-template <bool four, int planes, int span>
+template <class Tiles>
 void take_tiles(Job& job, Rows& rows) {
-    static thread_local PlaneRows<four, planes, span> prepared;
-    constexpr int bit = 256 << (4 * four + 2 * (planes - 2) + (span == 32));
-    if (!(rows.made & bit)) prepared.make(rows.x, rows.count, rows.inputs, rows.threads);
-    rows.made |= bit;
-    job.outputs = TilePath<four, planes, span>::outputs_from;
+    static thread_local typename Tiles::Rows prepared;
+    if (!(rows.made & Tiles::bit)) prepared.make(rows.x, rows.count, rows.inputs, rows.threads);
+    rows.made |= Tiles::bit;
+    job.outputs = TilePath<Tiles>::outputs_from;
     job.prepared = &prepared;
     job.block = kTile;
 }
 
 template <bool four, int planes>
 void choose_span(Job& job, Rows& rows) {
-    job.weight->group == 16 ? take_tiles<four, planes, 16>(job, rows)
-                            : take_tiles<four, planes, 32>(job, rows);
+    job.weight->group == 16 ? take_tiles<ByteTiles<four, planes, 16>>(job, rows)
+                            : take_tiles<ByteTiles<four, planes, 32>>(job, rows);
 }
 
 void choose_tiles(Job& job, Rows& rows) {
     const bool two = job.weight->rounded && rows.fits_brain();
-    if (job.weight->levels) {
+    const float* levels = job.weight->levels;
+    if (job.weight->storage == kFloat8) {
+        take_tiles<FloatTiles<Floats>>(job, rows);
+    } else if (levels && !in_a_row(levels)) {
+#ifdef TRANSOM_BRAIN
+        if (two && job.rows >= 4) return take_tiles<FloatTiles<Table<true>>>(job, rows);
+#endif
+        take_tiles<FloatTiles<Table<false>>>(job, rows);
+    } else if (levels) {
         two ? choose_span<true, 2>(job, rows) : choose_span<true, 3>(job, rows);
     } else {
         two ? choose_span<false, 2>(job, rows) : choose_span<false, 3>(job, rows);
@@ -497,8 +492,10 @@ void transom_rows(const Weight* weight, const int64_t* rows, int64_t count, floa
         const int64_t end = std::min(count, (number + 1) * together);
         for (int64_t i = number * together; i < end; ++i) {
             float* own = to + i * weight->inputs;
-            weight->levels ? write_row<true>(*weight, rows[i], own)
-                           : write_row<false>(*weight, rows[i], own);
+            const bool floats = weight->storage == kFloat8;
+            floats           ? write_row_of_floats(*weight, rows[i], own)
+            : weight->levels ? write_row<true>(*weight, rows[i], own)
+                             : write_row<false>(*weight, rows[i], own);
         }
     };
     in_pool(chunk, (count + together - 1) / together, threads);

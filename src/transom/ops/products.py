@@ -20,19 +20,19 @@ MOST_ROWS = 64
 X_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def takes(x: Tensor, tiled: bool = False) -> bool:
+def takes(x: Tensor, of_bytes: bool = False) -> bool:
     """Return whether `product` may take these rows, if a library can be had.
 
     It takes up to 64 rows on the CPU, outside graphs of torch.compile. If they are float32 and the
-    weight is in tiles, it takes more rows too: instructions for bytes are faster than PyTorch's
-    products in float32, but not than those in bfloat16.
+    weight is in tiles of bytes, it takes more rows too: instructions for bytes are faster than
+    PyTorch's products in float32, but not than those in bfloat16.
     """
     return (
         x.device.type == "cpu"
         and type(x) is Tensor  # no fake tensor, which has no data
         and x.dtype in X_DTYPES
         and x.numel() > 0
-        and (x.numel() <= MOST_ROWS * x.size(-1) or (tiled and x.dtype is torch.float32))
+        and (x.numel() <= MOST_ROWS * x.size(-1) or (of_bytes and x.dtype is torch.float32))
         and not torch.compiler.is_compiling()
     )
 

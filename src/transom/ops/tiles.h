@@ -20,6 +20,7 @@
 // - 4 bits: vector b has inputs 8b to 8b + 7. Byte 4 * output + j has input 8b + j in its low half
 //   and input 8b + 4 + j in its high half.
 // - scales, zeros, minimums and super scales: [tile, group, 16].
+// Codes that stand for floats are multiplied in float_tiles.h.
 
 #pragma once
 
@@ -43,6 +44,13 @@ constexpr int64_t kTile = 16;  // outputs
 // The number of rows that are multiplied at once, with `left` rows left.
 inline int64_t rows_at_once(int64_t left) {
     return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+// The first of the rows that are multiplied at once with this one.
+inline int64_t first_at_once(int64_t row, int64_t count) {
+    int64_t first = row / 8 * 8;
+    while (first + rows_at_once(count - first) <= row) first += rows_at_once(count - first);
+    return first;
 }
 
 // Rows of x as planes of bytes. Of rows that are multiplied at once, spans come in turn, and in
@@ -70,8 +78,7 @@ struct PlaneRows {
     const float* facts_of(int64_t row) const { return facts.data() + row * inputs / span * width; }
 
     void write_row(int64_t row) {
-        int64_t first = row / 8 * 8;
-        while (first + rows_at_once(count - first) <= row) first += rows_at_once(count - first);
+        const int64_t first = first_at_once(row, count);
         const int64_t together = rows_at_once(count - first), spans = inputs / span;
         for (int64_t s = 0; s < spans; ++s) {
             const int64_t place = first * spans + s * together + row - first;
@@ -167,61 +174,71 @@ inline void write_factors(const Weight& weight, int64_t tile, float* scales, flo
     }
 }
 
-// Write the products of R rows with the 16 outputs of a tile, one vector per row.
-template <bool four, int planes, int span, int R>
-inline void tile_products(const uint8_t* codes, const float* scales, const float* offsets,
-                          const Weight& weight, const int8_t* x, const float* facts,
-                          __m512* to) {
-    constexpr int vectors = span / 4, read = four ? vectors / 2 : vectors;
-    constexpr int width = PlaneRows<four, planes, span>::width;
-    const bool added = weight.minimums || weight.zeros || (four && weight.levels[0] != -8);
-    const __m512i low = _mm512_set1_epi8(15);
-    __m512 sums[R];
+// Products of codes that are integers in a row, as bytes.
+template <bool four, int planes, int span>
+struct ByteTiles {
+    using Rows = PlaneRows<four, planes, span>;
+    // Of `made` in the rows of a call.
+    static constexpr int bit = 256 << (4 * four + 2 * (planes - 2) + (span == 32));
+
+    // Write the products of R rows with the 16 outputs of a tile, one vector per row.
+    template <int R>
+    static void products(const uint8_t* codes, const float* scales, const float* offsets,
+                         const Weight& weight, const Rows& rows, int64_t row, __m512* to) {
+        constexpr int vectors = span / 4, read = four ? vectors / 2 : vectors;
+        constexpr int width = Rows::width;
+        const int8_t* x = rows.bytes_of(row);
+        const float* facts = rows.facts_of(row);
+        const bool added = weight.minimums || weight.zeros || (four && weight.levels[0] != -8);
+        const __m512i low = _mm512_set1_epi8(15);
+        __m512 sums[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sums[r] = _mm512_setzero_ps();
-    for (int64_t begin = 0; begin < weight.inputs; begin += weight.group) {
-        const __m512 scale = _mm512_loadu_ps(scales), offset = _mm512_loadu_ps(offsets);
-        scales += kTile, offsets += kTile;
-        for (int64_t i = 0; i < weight.group; i += span) {
-            __m512i u[vectors];
+        for (int r = 0; r < R; ++r) sums[r] = _mm512_setzero_ps();
+        for (int64_t begin = 0; begin < weight.inputs; begin += weight.group) {
+            const __m512 scale = _mm512_loadu_ps(scales), offset = _mm512_loadu_ps(offsets);
+            scales += kTile, offsets += kTile;
+            for (int64_t i = 0; i < weight.group; i += span) {
+                __m512i u[vectors];
 #pragma GCC unroll 8
-            for (int v = 0; v < read; ++v, codes += 64) {
-                const __m512i bytes = _mm512_loadu_si512(codes);
-                __builtin_prefetch(codes + 4096, 0, 2);
-                u[four ? 2 * v : v] = four ? _mm512_and_si512(bytes, low) : bytes;
-                if (four) u[2 * v + 1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r, x += planes * span, facts += width) {
-                __m512i total[planes];
-#pragma GCC unroll 3
-                for (int p = 0; p < planes; ++p) {
-                    total[p] = _mm512_castps_si512(_mm512_set1_ps(facts[p]));
+                for (int v = 0; v < read; ++v, codes += 64) {
+                    const __m512i bytes = _mm512_loadu_si512(codes);
+                    __builtin_prefetch(codes + 4096, 0, 2);
+                    u[four ? 2 * v : v] = four ? _mm512_and_si512(bytes, low) : bytes;
+                    if (four) u[2 * v + 1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
                 }
 #pragma GCC unroll 8
-                for (int v = 0; v < vectors; ++v)
+                for (int r = 0; r < R; ++r, x += planes * span, facts += width) {
+                    __m512i total[planes];
 #pragma GCC unroll 3
                     for (int p = 0; p < planes; ++p) {
-                        int inputs;
-                        std::memcpy(&inputs, x + p * span + 4 * v, sizeof inputs);
-                        total[p] = _mm512_dpbusd_epi32(total[p], u[v], _mm512_set1_epi32(inputs));
+                        total[p] = _mm512_castps_si512(_mm512_set1_ps(facts[p]));
                     }
-                const __m512i high = _mm512_slli_epi32(total[0], 8);
-                __m512 value = _mm512_cvtepi32_ps(_mm512_add_epi32(high, total[1]));
-                if (planes == 3) {  // 32 bits don't hold all three
-                    value = _mm512_fmadd_ps(value, _mm512_set1_ps(256.0f),
-                                            _mm512_cvtepi32_ps(total[planes - 1]));
+#pragma GCC unroll 8
+                    for (int v = 0; v < vectors; ++v)
+#pragma GCC unroll 3
+                        for (int p = 0; p < planes; ++p) {
+                            int inputs;
+                            std::memcpy(&inputs, x + p * span + 4 * v, sizeof inputs);
+                            const __m512i four_of_x = _mm512_set1_epi32(inputs);
+                            total[p] = _mm512_dpbusd_epi32(total[p], u[v], four_of_x);
+                        }
+                    const __m512i high = _mm512_slli_epi32(total[0], 8);
+                    __m512 value = _mm512_cvtepi32_ps(_mm512_add_epi32(high, total[1]));
+                    if (planes == 3) {  // 32 bits don't hold all three
+                        value = _mm512_fmadd_ps(value, _mm512_set1_ps(256.0f),
+                                                _mm512_cvtepi32_ps(total[planes - 1]));
+                    }
+                    const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(facts[planes]));
+                    const __m512 sum_of_x = _mm512_set1_ps(facts[planes + 1]);
+                    sums[r] = _mm512_fmadd_ps(value, factor, sums[r]);
+                    if (added) sums[r] = _mm512_fmadd_ps(offset, sum_of_x, sums[r]);
                 }
-                const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(facts[planes]));
-                sums[r] = _mm512_fmadd_ps(value, factor, sums[r]);
-                if (added)
-                    sums[r] = _mm512_fmadd_ps(offset, _mm512_set1_ps(facts[planes + 1]), sums[r]);
             }
         }
-    }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) to[r] = sums[r];
-}
+        for (int r = 0; r < R; ++r) to[r] = sums[r];
+    }
+};
 
 // Write the numbers of one row of a weight in tiles, rounded after every operation as PyTorch does:
 // (code - zero) * scale + minimum.
@@ -240,6 +257,8 @@ inline void write_row(const Weight& weight, int64_t row, float* to) {
         _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
         _mm512_set1_epi32(4 * kTile));
     const float lowest = four ? weight.levels[0] : -128.0f;
+    const bool table = four && !in_a_row(weight.levels);
+    const __m512 levels = four ? _mm512_loadu_ps(weight.levels) : _mm512_setzero_ps();
     for (int64_t i = 0; i < bytes; i += 64) {
         const int64_t words = std::min<int64_t>(16, (bytes - i) / 4);
         const __m512i read = _mm512_mask_i32gather_epi32(
@@ -271,8 +290,9 @@ inline void write_row(const Weight& weight, int64_t row, float* to) {
                     added *= number_at(weight.super_minimums, weight.super_kind, super);
             }
             const __m128i sixteen = _mm_load_si128(reinterpret_cast<const __m128i*>(own));
-            __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteen));
-            values = _mm512_add_ps(values, _mm512_set1_ps(shift));
+            const __m512i wide = _mm512_cvtepu8_epi32(sixteen);
+            __m512 values = table ? _mm512_permutexvar_ps(wide, levels)
+                                  : _mm512_add_ps(_mm512_cvtepi32_ps(wide), _mm512_set1_ps(shift));
             values = _mm512_mul_ps(values, _mm512_set1_ps(scale));
             if (weight.minimums) values = _mm512_add_ps(values, _mm512_set1_ps(added));
             _mm512_storeu_ps(to + first + j, values);

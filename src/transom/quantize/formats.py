@@ -242,11 +242,12 @@ def in_rows(parts: Parts, format: WeightFormat) -> dict[str, Tensor]:
             found[name] = part
             continue
         # [..., tile, number, output, size]: the output comes second, as in rows.
-        shape = outputs // OUTPUTS, -1, OUTPUTS, 4 if name == "tiles" else 1
+        together = 4 if name == "tiles" and format.codes is not FLOAT8 else 1
+        shape = outputs // OUTPUTS, -1, OUTPUTS, together
         leading = parts["tiles"].shape[:-2]
         numbers = part.reshape(*leading, *shape).transpose(-3, -2)
-        if name != "tiles":
-            found[name] = numbers.reshape(part.shape)
+        if together == 1:
+            found["codes" if name == "tiles" else name] = numbers.reshape(part.shape)
             continue
         bytes_ = numbers.flatten(-4, -3)
         if format.levels is None:

@@ -21,7 +21,7 @@ from transom.layers.linear import Embedding, GroupedLinear, Linear, has_data
 from transom.ops import products as ops
 from transom.quantize import scaled, traced
 from transom.quantize.formats import Parts, WeightFormat, dequantize, in_rows, shape_of
-from transom.quantize.tiles import fits_tiles, in_tiles
+from transom.quantize.tiles import fits_tiles, in_tiles, multiplies_bytes
 
 M = TypeVar("M", bound=nn.Module)
 Dense = Linear | GroupedLinear | Embedding
@@ -161,7 +161,7 @@ def product(x: Tensor, bias: Tensor | None, leaf: Quantized, parts: Parts) -> Te
     trains = trains and torch.is_grad_enabled()
     if not trains and scaled.takes(x, parts):
         return scaled.product(x, bias, parts)
-    if not trains and ops.takes(x, "tiles" in parts):
+    if not trains and ops.takes(x, "tiles" in parts and multiplies_bytes(format)):
         y = ops.product(x, bias, parts, format.levels, format.scales, format.block)
         if y is not None:
             return y

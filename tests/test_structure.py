@@ -96,7 +96,7 @@ CEILINGS = {
     "quantize": 1_221,
     "lora": 595,
     "chat": 898,
-    "checkpoints": 4_966,
+    "checkpoints": 4_983,
     "distributed": 1_450,
     "data": 2_150,
     "inference": 2_182,

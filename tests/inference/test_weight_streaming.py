@@ -229,15 +229,16 @@ def test_a_file_that_was_replaced_or_deleted_is_read_to_the_end(folder, tmp_path
     assert torch.equal(logits(streamed), logits(load(folder)))
 
 
-def test_a_file_that_became_shorter_is_one_sentence(folder, tmp_path):
+@pytest.mark.parametrize(("format", "name"), [("hf", WEIGHTS), ("meta", "consolidated.00.pth")])
+def test_a_file_that_became_shorter_is_one_sentence(format, name, folder, tmp_path):
     own = tmp_path / "model"
-    save(load(folder), own)
+    save(load(folder), own, format=format)
     streamed, _ = smallest(own)
     logits(streamed)
-    size = (own / WEIGHTS).stat().st_size
-    os.truncate(own / WEIGHTS, size // 2)
+    size = (own / name).stat().st_size
+    os.truncate(own / name, size // 8)
     for _ in range(2):
-        with pytest.raises(WorkError, match=r"safetensors: the file ends at byte [\d,]+ while"):
+        with pytest.raises(WorkError, match=rf"{name}: the file ends at byte [\d,]+ while"):
             logits(streamed)
 
 

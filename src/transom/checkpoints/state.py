@@ -49,7 +49,7 @@ def open_parameters(
     Args:
         folder: A model folder of any format.
         args: The model's arguments; None reads them from the folder.
-        apart: As for `open_safetensors`. Pickled weights are in maps all the same.
+        apart: As for `open_safetensors`. Pickles of torch's old layout are in memory all the same.
 
     Raises:
         RequestError: Weights are missing, left over, quantized or of another shape than the model
@@ -100,7 +100,7 @@ def open_files(folder: Path, args: ModelArgs, *, apart: bool = False) -> dict[st
         read, ignored = first_names(taken.files), first_names(others)
         notice(f"{folder}: weights are read from {read}; ignored: {ignored}")
     if taken.files[0].endswith(".pth"):
-        return open_ranks(folder, taken.files, args)
+        return open_ranks(folder, taken.files, args, apart=apart)
     if stated_quantization(folder) is None:
         return open_safetensors(folder, taken.files, apart=apart)
     plain, codes = open_quantized(folder)

@@ -6,17 +6,21 @@ models/checkpoint.py.
 
 from __future__ import annotations
 
+import functools
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from transom.base.errors import RequestError, expect, notice
 from transom.base.files import refuse_pointer, writing
+from transom.checkpoints.files.file_pieces import FilePiece, SourceFile, read_piece
 from transom.checkpoints.files.layout import PICKLED, weight_files
 from transom.checkpoints.files.lazy_tensors import LazyTensor, TensorGroup
 from transom.checkpoints.files.safetensors_files import (
@@ -56,19 +60,40 @@ _RULES: tuple[tuple[str, Rule], ...] = (
 )
 
 
-def open_ranks(folder: Path, files: Sequence[str], args: ModelArgs) -> dict[str, LazyTensor]:
+def open_ranks(
+    folder: Path, files: Sequence[str], args: ModelArgs, *, apart: bool = False
+) -> dict[str, LazyTensor]:
     """Return the tensors of a model whose weights are cut into one `.pth` file per rank.
 
     Args:
         folder: The model folder.
         files: The names of the files, in the order of the ranks.
         args: The model's arguments, which decide where some tensors are joined.
+        apart: As for `open_safetensors`, for files that can be mapped.
 
     Raises:
         RequestError: A rank is missing or damaged, or the parts do not fit together.
     """
-    parts = _read_ranks(folder, files)
+    states = _read_ranks(folder, files)
+    parts = [_lazy(folder / name, one, apart) for name, one in zip(files, states, strict=True)]
     return {key: _joined(key, [state[key] for state in parts], args, folder) for key in parts[0]}
+
+
+def _lazy(path: Path, state: Mapping[str, Tensor], apart: bool) -> dict[str, LazyTensor]:
+    """Return the tensors of a file; if they are read apart, each has its place in the file."""
+    out = {key: LazyTensor.of(tensor) for key, tensor in state.items()}
+    if apart:
+        with FakeTensorMode():  # the storages then have their offsets in the file
+            places = read_pickled(path)
+        file = SourceFile(path)
+        for key, fake in places.items():
+            offset = fake.untyped_storage()._checkpoint_offset
+            if offset is not None and fake.is_contiguous():
+                place = offset + int(fake.storage_offset()) * fake.itemsize
+                piece = FilePiece(file, place, state[key].nbytes)
+                read = functools.partial(read_piece, piece, fake.shape, fake.dtype)
+                out[key] = replace(out[key], read=read, pieces=(piece,))
+    return out
 
 
 def _read_ranks(folder: Path, files: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -135,14 +160,14 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     return out
 
 
-def _joined(key: str, parts: Sequence[Tensor], args: ModelArgs, folder: Path) -> LazyTensor:
+def _joined(key: str, parts: Sequence[LazyTensor], args: ModelArgs, folder: Path) -> LazyTensor:
     if len(parts) == 1:
-        return LazyTensor.of(parts[0])
-    join, lazy = _JOIN[rule_of(key)], [LazyTensor.of(part) for part in parts]
+        return parts[0]
+    join = _JOIN[rule_of(key)]
     try:
-        return LazyTensor.made_of(lazy, lambda tensors: join(tensors, args))
+        return LazyTensor.made_of(parts, lambda tensors: join(tensors, args))
     except (RuntimeError, IndexError):
-        found = ", ".join(str(tuple(part.shape)) for part in parts)
+        found = ", ".join(str(part.shape) for part in parts)
         raise RequestError(
             f"{folder}: {key}: got shapes {found} in {len(parts)} ranks; expected ones that fit"
         ) from None

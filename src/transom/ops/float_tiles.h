@@ -176,19 +176,13 @@ struct FloatTiles {
 
 // Write the numbers of one row of a weight in floats of 8 bits.
 inline void write_row_of_floats(const Weight& weight, int64_t row, float* to) {
-    static const std::vector<float> values = [] {
-        std::vector<float> all;
-        for (int code = 0; code < 256; ++code) all.push_back(float8_to_float(uint8_t(code)));
-        return all;
-    }();
-    const float* value = values.data();
     const int64_t tile = row / kTile, lane = row % kTile, groups = weight.inputs / weight.group;
     const auto* codes = static_cast<const uint8_t*>(weight.codes) + tile * kTile * weight.inputs;
     for (int64_t g = 0; g < groups; ++g) {
         const int64_t place = (tile * groups + g) * kTile + lane;
         const float scale = number_at(weight.scales, weight.scale_kind, place);
         for (int64_t i = g * weight.group; i < (g + 1) * weight.group; ++i)
-            to[i] = value[codes[i * kTile + lane]] * scale;
+            to[i] = float8_values[codes[i * kTile + lane]] * scale;
     }
 }
 

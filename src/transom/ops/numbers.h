@@ -13,7 +13,7 @@ inline float number_at(const void* from, int64_t kind, int64_t i) {
         case kFloat32: return static_cast<const float*>(from)[i];
         case kFloat16: return half_to_float(static_cast<const uint16_t*>(from)[i]);
         case kInt8: return float(static_cast<const int8_t*>(from)[i]);
-        case kFloat8: return float8_to_float(static_cast<const uint8_t*>(from)[i]);
+        case kFloat8: return float8_values[static_cast<const uint8_t*>(from)[i]];
         default: return brain_to_float(static_cast<const uint16_t*>(from)[i]);
     }
 }

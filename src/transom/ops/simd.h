@@ -10,6 +10,7 @@
 
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 
@@ -49,13 +50,18 @@ inline float brain_to_float(uint16_t brain) {
     return value;
 }
 
-inline float float8_to_float(uint8_t code) {  // e4m3fn: no infinity, a bias of 7
-    const int exponent = code >> 3 & 15, fraction = code & 7;
-    if ((code & 127) == 127) return __builtin_nanf("");
-    const float value = exponent ? float(8 + fraction) * float(1 << exponent) / 1024.0f
-                                 : float(fraction) / 512.0f;
-    return code & 128 ? -value : value;
-}
+// float32 of the floats of 8 bits, e4m3fn: no infinity, a bias of 7.
+inline const std::array<float, 256> float8_values = [] {
+    std::array<float, 256> values{};
+    for (int code = 0; code < 128; ++code) {
+        const int exponent = code >> 3, fraction = code & 7;
+        values[code] = exponent ? float(8 + fraction) * float(1 << exponent) / 1024.0f
+                                : float(fraction) / 512.0f;
+        if (code == 127) values[code] = __builtin_nanf("");
+        values[code + 128] = -values[code];
+    }
+    return values;
+}();
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
@@ -200,7 +206,7 @@ struct Narrow {
     }
     static Vector floats(const int8_t* from, float scale, float offset) {
         Vector values;
-        for (int lane = 0; lane < lanes; ++lane) values[lane] = float8_to_float(from[lane]);
+        for (int lane = 0; lane < lanes; ++lane) values[lane] = float8_values[uint8_t(from[lane])];
         return values * scale + offset;
     }
 

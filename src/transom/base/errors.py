@@ -40,8 +40,13 @@ def expect(condition: bool, field: str, value: object, accepted: str) -> None:
     require(condition, field, value, f"expected {accepted}")
 
 
+_EXPLAINED = (RequestError, WorkError, MemoryError)
+
+
 class explained:
     """A context that turns errors of some kinds into one with a message, and theirs in brackets.
+
+    Errors that have a sentence of their own already pass, and so does a lack of memory.
 
     Args:
         message: The message.
@@ -57,7 +62,7 @@ class explained:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, self.kinds):
+        if isinstance(error, self.kinds) and not isinstance(error, _EXPLAINED):
             reason = str(getattr(error, "strerror", None) or error)  # the message names the file
             raise self.by(f"{self.message} ({' '.join(reason.split())[:300]})") from None
 

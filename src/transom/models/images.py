@@ -7,10 +7,8 @@ those of meta-llama/llama-models, models/llama4/preprocess.py and chat_format.py
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, expect, notice
+from transom.base.errors import RequestError, expect, explained, notice
 from transom.base.files import refuse_pointer
 from transom.config.vision_args import VisionArgs
 
 if TYPE_CHECKING:
     from PIL import Image
 
+DAMAGED = "got a damaged or truncated file; expected a complete image"
 # Not all that Pillow knows: it would hand EPS to Ghostscript, and rare decoders are rarely looked
 # after.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -174,11 +173,11 @@ def open_image(source: Image.Image | Path | str | bytes) -> Image.Image:
         RequestError: The source is no image or damaged, has more than `MAX_PIXELS`, a mode that is
             not in `MODES`, or a side of more than `MAX_ASPECT_RATIO` times the other.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     stream: io.BytesIO | Path
     if isinstance(source, Image.Image):
-        with _readable("image"):
+        with explained(f"image: {DAMAGED}", Exception):
             return _upright_rgb(source, "image")
     if isinstance(source, bytes):
         name, stream = f"image of {len(source)} bytes", io.BytesIO(source)
@@ -192,30 +191,16 @@ def open_image(source: Image.Image | Path | str | bytes) -> Image.Image:
         raise RequestError(
             f"image: got a value of type {found}; expected an image, a path or bytes"
         )
-    with _readable(name), Image.open(stream, formats=FORMATS) as image:
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    other = f"got a file of another format; expected an image as {', '.join(FORMATS)}"
+    with (
+        # Decoders raise errors of many kinds: OSError, SyntaxError, struct.error, zlib.error, ...
+        explained(f"{name}: {DAMAGED}", Exception),
+        explained(f"{name}: got a larger image; expected at most {MAX_PIXELS} pixels", *bombs),
+        explained(f"{name}: {other}", UnidentifiedImageError),
+        Image.open(stream, formats=FORMATS) as image,
+    ):
         return _upright_rgb(image, name)
-
-
-@contextlib.contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """Turn the errors of Pillow about an image into a `RequestError` with its name."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        yield
-    except (RequestError, MemoryError):
-        raise
-    except UnidentifiedImageError as error:
-        expected = f"expected an image as {', '.join(FORMATS)}"
-        raise RequestError(f"{name}: got a file of another format; {expected}") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise RequestError(
-            f"{name}: got a larger image; expected at most {MAX_PIXELS} pixels"
-        ) from error
-    # Decoders raise errors of many kinds: OSError, SyntaxError, struct.error, zlib.error, ...
-    except Exception as error:
-        found = f"a damaged or truncated file ({error})"
-        raise RequestError(f"{name}: got {found}; expected a complete image") from error
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:

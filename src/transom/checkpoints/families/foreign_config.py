@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from transom.base.errors import RequestError, expect, located, notice
+from transom.base.errors import RequestError, expect, explained, located, notice
 from transom.base.files import refuse_infinite
 from transom.config.model_args import ModelArgs
 
@@ -110,12 +110,9 @@ class ForeignConfig:
         Errors of `ModelArgs` name the file, and whatever `read` raises on a file that is no config
         of `format`, as with text in place of a number, becomes a `RequestError`.
         """
-        try:
+        kinds = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError)
+        with explained(f"{self.where}: not a {format}", *kinds):
             found = read(self)
-        except RequestError:
-            raise
-        except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
-            raise RequestError(f"{self.where}: not a {format} ({error})") from None
         fields: dict[str, Any] = {}
         for path, value in found.items():
             part, _, name = path.rpartition(".")

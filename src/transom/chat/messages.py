@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from transom.base.errors import RequestError, expect
+from transom.base.errors import RequestError, expect, explained
 
 # The names that templates read reasoning under.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -20,12 +20,9 @@ MISSING: Any = ...  # stands for a content that is not there
 
 def plain(value: Any, name: str) -> Any:
     """Return a copy that consists of JSON's own types, the only ones that a template may read."""
-    try:
+    deep = f"{name}: nested too deeply; expected data that JSON can represent"
+    with explained(deep, RecursionError):
         return _plain(value, name)
-    except RecursionError:
-        raise RequestError(
-            f"{name}: nested too deeply; expected data that JSON can represent"
-        ) from None
 
 
 def _plain(value: Any, name: str) -> Any:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, expect, notice
+from transom.base.errors import expect, explained, notice
 from transom.cli.main import user_path
 from transom.cli.options import add_json, add_model, add_offloading, opening, option
 from transom.planning.tables import counted
@@ -87,15 +87,12 @@ def read_texts(name: str) -> list[str]:
         if report.counts():
             notice(f"{name}: {', '.join(report.counts())}")
         return texts
-    try:
+    with explained(f"--input: got {name!r}; expected UTF-8", UnicodeDecodeError):
         if name == "-":
             content = sys.stdin.read().removeprefix("\ufeff")
         else:
             with readable(Path(f"--input {name}")), open_bytes(Path(name)) as stream:
                 content = stream.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        found = f"{error.reason} at byte {error.start}"
-        raise RequestError(f"--input: got {name!r}; expected UTF-8 ({found})") from None
     # A text may contain other line ends than \n.
     texts = [line.removesuffix("\r") for line in content.removesuffix("\n").split("\n")]
     for number, text in enumerate(texts, start=1):

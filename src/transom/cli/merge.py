@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, expect
+from transom.base.errors import RequestError, expect, explained
 from transom.base.locks import output_folder
 from transom.checkpoints.files.hub import is_hub_id
 from transom.checkpoints.files.layout import ADAPTER_CONFIG
@@ -109,11 +109,9 @@ def combine_args(options: argparse.Namespace, count: int) -> CombineArgs:
     given = {name: getattr(options, name) for name in ("density", "seed")}
     given = {name: value for name, value in given.items() if value is not None}
     words = options.weights.split(",") if options.weights is not None else ()
-    try:
+    wrong = f"--weights: got {options.weights!r}; expected numbers as 0.7,0.3"
+    with explained(wrong, ValueError):
         weights = tuple(map(float, words))
-    except ValueError:
-        wrong = options.weights
-        raise RequestError(f"--weights: got {wrong!r}; expected numbers as 0.7,0.3") from None
     args = CombineArgs(options.method, weights, **given)
     args.weights_of(count)
     return args

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-from transom.base.errors import RequestError, optional
+from transom.base.errors import explained, optional
 from transom.base.files import refuse_pointer
 
 RowFormat = Literal["lines", "json", "parquet"]
@@ -60,12 +60,12 @@ def row_format(path: str | Path) -> RowFormat | None:
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Turn any failure to read or decompress `path` into a `RequestError` that names it."""
-    try:
+    cut = f"{path}: cannot be decompressed"
+    with (
+        explained(f"{path}: cannot be read", OSError),
+        explained(cut, EOFError, zlib.error, lzma.LZMAError),
+    ):
         yield
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise RequestError(f"{path}: cannot be decompressed ({error})") from None
 
 
 def open_bytes(path: Path) -> BinaryIO:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, WorkError, explained
+from transom.base.errors import WorkError, explained
 
 
 class FileStore:
@@ -63,9 +63,10 @@ class FileStore:
     @contextmanager
     def _place(self, name: str) -> Iterator[str]:
         """Yield the path of a file, and turn any error of a file system into one sentence."""
-        try:
+        shown = f"{self.url}/{name}"
+        with (
+            # Errors of object stores are of many kinds.
+            explained(f"{shown}: cannot be read or written", Exception, by=WorkError),
+            explained(f"{shown}: got no file; expected one", FileNotFoundError),
+        ):
             yield f"{self._root}/{name}".rstrip("/")
-        except FileNotFoundError:
-            raise RequestError(f"{self.url}/{name}: got no file; expected one") from None
-        except Exception as error:  # those of object stores are of many kinds
-            raise WorkError(f"{self.url}/{name}: cannot be read or written ({error})") from None

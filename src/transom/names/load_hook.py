@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from transom.base.errors import RequestError
+from transom.base.errors import RequestError, explained
 from transom.config.model_args import ModelArgs
 from transom.names.tables import IGNORED_ENDINGS, REFERENCE_NAMES, expand
 from transom.names.transforms import apply_transform
@@ -35,11 +35,7 @@ def load_hook(
                 found = f"{foreign[0]} and {name}, the same weights"
                 raise RequestError(f"state dict: got {found}; expected one of them")
         given, wanted = [state.pop(name) for name in foreign], [shapes[n] for n in mapping.ours]
-        try:
+        found = f"{foreign[0]}: got shape {tuple(given[0].shape)}"
+        with explained(f"{found}; expected one that makes {wanted}", RuntimeError):
             made = apply_transform(mapping.transform, given, wanted)
-        except RuntimeError:
-            expected = f"expected one that makes {wanted}"
-            raise RequestError(
-                f"{foreign[0]}: got shape {tuple(given[0].shape)}; {expected}"
-            ) from None
         state.update(zip(ours, made, strict=True))

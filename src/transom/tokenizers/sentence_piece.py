@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
-from transom.base.errors import RequestError, expect
+from transom.base.errors import expect, explained
 from transom.tokenizers.backend import AddedToken, SpelledBackend, fingerprint_of
 
 if TYPE_CHECKING:
@@ -141,9 +141,6 @@ class SentencePieceBackend(SpelledBackend):
 def _processor(model: bytes, source: str) -> SentencePieceProcessor:
     from sentencepiece import SentencePieceProcessor
 
-    try:
+    damaged = f"{source}: got a file that is cut or damaged; expected a SentencePiece model"
+    with explained(damaged, RuntimeError):
         return SentencePieceProcessor(model_proto=model)
-    except RuntimeError:
-        raise RequestError(
-            f"{source}: got a file that is cut or damaged; expected a SentencePiece model"
-        ) from None

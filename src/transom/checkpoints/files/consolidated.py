@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from transom.base.errors import RequestError, expect, notice
+from transom.base.errors import RequestError, expect, explained, notice
 from transom.base.files import refuse_pointer, writing
 from transom.checkpoints.files.file_pieces import FilePiece, SourceFile, read_piece
 from transom.checkpoints.files.layout import PICKLED, weight_files
@@ -163,14 +163,10 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
 def _joined(key: str, parts: Sequence[LazyTensor], args: ModelArgs, folder: Path) -> LazyTensor:
     if len(parts) == 1:
         return parts[0]
-    join = _JOIN[rule_of(key)]
-    try:
+    join, shapes = _JOIN[rule_of(key)], ", ".join(str(part.shape) for part in parts)
+    found = f"{folder}: {key}: got shapes {shapes} in {len(parts)} ranks; expected ones that fit"
+    with explained(found, RuntimeError, IndexError):
         return LazyTensor.made_of(parts, lambda tensors: join(tensors, args))
-    except (RuntimeError, IndexError):
-        found = ", ".join(str(part.shape) for part in parts)
-        raise RequestError(
-            f"{folder}: {key}: got shapes {found} in {len(parts)} ranks; expected ones that fit"
-        ) from None
 
 
 def rule_of(key: str) -> Rule:

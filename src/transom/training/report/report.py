@@ -15,9 +15,9 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 
-from transom.base.errors import WorkError
 from transom.base.files import read_json
 from transom.base.locks import FolderLock
+from transom.checkpoints.files.staging import staged
 from transom.planning.tables import counted
 from transom.training.loop.progress import duration
 from transom.training.report.charts import (
@@ -78,7 +78,7 @@ def write_report(run: Path) -> Path:
         RequestError: If the folder is not a run, or another process writes to it.
         WorkError: If the page cannot be written. An earlier one is then unchanged.
     """
-    page, temporary = run / "report.html", run / "report.html.tmp-"
+    page = run / "report.html"
     with FolderLock(run):
         rows, unreadable = read_metrics(run / "metrics.jsonl")
         facts, file = read_json(run / "run.json"), run / "config.yaml"
@@ -87,12 +87,8 @@ def write_report(run: Path) -> Path:
             config = file.read_text(encoding="utf-8")
         with matplotlib.rc_context(fname=Path(__file__).with_name("charts.mplstyle")):
             text = _page(run.resolve().name, facts, rows, unreadable, config)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(page)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise WorkError(f"{page}: could not be written ({error})") from None
+        with staged(page, file=page.name) as folder:
+            (folder / page.name).write_text(text, encoding="utf-8")
     return page
 
 

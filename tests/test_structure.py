@@ -83,27 +83,27 @@ def test_every_dependency_has_its_reason():
 
 # Code lines of each room. Lower a ceiling when a room shrinks; explain a higher one in the commit.
 CEILINGS = {
-    "base": 820,
+    "base": 821,
     "config": 688,
     "planning": 492,
     "attention": 703,
     "ops": 214,
     "layers": 755,
     "cache": 462,
-    "names": 130,
-    "models": 516,
-    "tokenizers": 966,
+    "names": 127,
+    "models": 506,
+    "tokenizers": 964,
     "quantize": 1_221,
     "lora": 595,
-    "chat": 898,
-    "checkpoints": 4_983,
+    "chat": 896,
+    "checkpoints": 4_977,
     "distributed": 1_450,
-    "data": 2_150,
+    "data": 2_145,
     "inference": 2_182,
     "evaluation": 1_371,
-    "training": 4_292,
+    "training": 4_288,
     "verify": 3_044,
-    "cli": 1_839,
+    "cli": 1_833,
 }
 
 

@@ -24,6 +24,8 @@ GPTQ = {
     "8 bits": {"bits": 8, "version": 2},
 }
 BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}
 AWQ_OF_GPTQMODEL = AWQ | {
     "method": "awq", "checkpoint_format": "gemm", "format": "gemm", "pack_dtype": "int32",
@@ -90,6 +92,19 @@ def test_floats_of_8_bits_are_dequantized(tmp_path, capsys):
         assert torch.equal(found[key], weight.half()), key
     with pytest.raises(RequestError, match="keep_quantized: got True; expected a quantized"):
         load(tmp_path, keep_quantized=True)
+
+
+def test_floats_of_8_bits_of_vllm_are_read_and_scales_of_caches_are_not(tmp_path, capsys):
+    def pack(shape, index):
+        codes = torch.randn(shape).to(torch.float8_e4m3fn)
+        scales = {"weight_scale": torch.tensor(0.25), "input_scale": torch.tensor(2.0)}
+        scales |= {"k_scale": torch.tensor(3.0)} if index == 1 else {}
+        return {"weight": codes, **scales}, codes.float() / 4
+
+    expected = folders.write(tmp_path, {"quant_method": "fp8", "activation_scheme": "static"}, pack)
+    found, _ = folders.dense_weights(tmp_path)
+    assert all(torch.equal(found[key], weight.half()) for key, weight in expected.items())
+    assert capsys.readouterr().err.count("15 tensors left unread: scales of inputs") == 1
 
 
 @pytest.mark.parametrize("value", [0, 1])

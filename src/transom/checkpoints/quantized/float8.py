@@ -4,8 +4,9 @@ Weights with blocks of one output stay in codes, and such blocks are written. We
 blocks are dequantized.
 
 A module has `weight`, float8_e4m3fn [out, in], and `weight_scale_inv`, the scales by which it is
-multiplied, [out / block, in / block] rounded up. A single scale stands for the whole matrix. The
-source is `weight_dequant` in `kernel.py` of DeepSeek-V3.
+multiplied, [out / block, in / block] rounded up. A single scale stands for the whole matrix; vLLM
+calls it `weight_scale`. The sources are `weight_dequant` in `kernel.py` of DeepSeek-V3 and `fp8.py`
+of vLLM.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def open_float8(
 
     Args:
         where: The module, for messages.
-        stored: Its `weight` and its `weight_scale_inv`.
+        stored: Its `weight` and its `weight_scale_inv` or `weight_scale`.
         block: Outputs and inputs that share a scale; zeros for all.
         dtype: The dtype of the weight.
 
@@ -36,19 +37,20 @@ def open_float8(
         RequestError: The weight is missing, or a tensor has another shape or dtype.
     """
     expect("weight" in stored, where, sorted(stored), "a tensor `weight` too")
-    weight, scales = stored["weight"], stored["weight_scale_inv"]
+    name = "weight_scale_inv" if "weight_scale_inv" in stored else "weight_scale"
+    weight, scales = stored["weight"], stored[name]
     expect(weight.dtype == FLOAT8, f"{where}.weight: dtype", weight.dtype, f"{FLOAT8}")
     expect(len(weight.shape) == 2, f"{where}.weight: shape", weight.shape, "a matrix")
     sizes = [min(own or size, size) for own, size in zip(block, weight.shape, strict=True)]
     shape = tuple(-(-size // own) for size, own in zip(weight.shape, sizes, strict=True))
     fits = scales.shape == shape or (shape == (1, 1) and scales.shape in ((), (1,)))
-    expect(fits, f"{where}.weight_scale_inv: shape", scales.shape, f"{shape}")
+    expect(fits, f"{where}.{name}: shape", scales.shape, f"{shape}")
 
     def checked() -> Tensor:
         each = scales.read().float().view(shape)
         if not (each.isfinite() & (each >= 0)).all():
             expected = "expected finite, positive ones"
-            raise RequestError(f"{where}.weight_scale_inv: got NaN or negative numbers; {expected}")
+            raise RequestError(f"{where}.{name}: got NaN or negative numbers; {expected}")
         return each
 
     def codes() -> Tensor:

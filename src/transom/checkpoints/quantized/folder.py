@@ -30,7 +30,7 @@ _SUFFIXES = {
     "gptq": r"qweight|qzeros|scales|g_idx",
     "awq": r"qweight|qzeros|scales",
     "bitsandbytes": r"weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)",
-    "fp8": r"weight_scale_inv",
+    "fp8": r"weight_scale(?:_inv)?",
 }
 
 
@@ -48,11 +48,16 @@ def open_quantized(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Codes
     source = open_safetensors(folder, weight_files(folder).files, apart=True)
     plain: dict[str, LazyTensor] = {}
     modules: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
+    # vLLM has scales for inputs and KV caches in 8 bits beside those of weights.
+    extra = r".*\.(input|output|q|k|v|kv)_scale" if how.method == "fp8" else "(?!)"
+    unread = [key for key in source if re.fullmatch(extra, key)]
+    if unread:
+        notice(f"{folder}: {counted(len(unread), 'tensor')} left unread: scales of inputs, caches")
     for key, lazy in source.items():
         match = re.fullmatch(rf"(.+)\.({_SUFFIXES[how.method]})", key)
-        if match is None:
+        if match is None and key not in unread:
             plain[key] = lazy
-        else:
+        elif match is not None:
             modules[match[1]][match[2].removeprefix("weight.")] = lazy
     codes: dict[str, Codes] = {}
     kind = main_dtype({key: lazy for key, lazy in plain.items() if lazy.dtype in PLAIN_DTYPES})

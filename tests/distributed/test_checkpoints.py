@@ -30,7 +30,8 @@ def opened(folder, name, meshes=None, args=ARGS):
     resume = (folder / name / "latest").exists()
     if isinstance(args, tuple):
         args = tiny_args(folder, *args)
-    config = replace(args, out=f"{folder}/{name}")
+    degrees = ParallelArgs() if meshes is None else meshes.args
+    config = replace(args, out=f"{folder}/{name}", parallel=degrees)
     return open_run(config, quiet=True, resume=resume, meshes=meshes)
 
 

@@ -31,7 +31,7 @@ from transom.training.loop.run_folder import RunFolder
 from transom.training.loop.trainer import Trainer
 
 CONFIG, FACTS = "config.yaml", "run.json"
-# Fields that may change when a run is resumed: they do not change the arithmetic of a step.
+# Fields that may change when a run is resumed: the steps compute the same, up to rounding.
 FREE_ON_RESUME = (
     "out",
     "data.cache_dir",
@@ -46,6 +46,7 @@ FREE_ON_RESUME = (
     "dry_run",
     "activation_checkpoint",
     "activation_offload",
+    "parallel",
     "finetune.scores",
 )
 

@@ -79,6 +79,19 @@ def test_a_checkpoint_of_four_ranks_continues_on_one_and_then_on_two(tmp_path):
         torch.testing.assert_close(one, last[name], rtol=1e-4, atol=1e-5)
 
 
+def two_configs(folder):
+    rate = 1 + torch.distributed.get_rank()
+    with pytest.raises(RequestError) as error:
+        opened(folder, "run", meshes_of(), (*PLAIN, f"optimizer.lr={rate}", f"save_every={rate}"))
+    return str(error.value)
+
+
+def test_ranks_with_different_configs_are_refused(tmp_path):
+    expected = "optimizer.lr: got 1.0 on rank 0 and 2.0 on rank 1; expected the same on all ranks"
+    assert run_ranks(two_configs, 2, tmp_path, tmp_path) == [expected] * 2
+    assert not (tmp_path / "run").exists()
+
+
 MIXTURE = (
     *ARGS,
     "model.moe_args.num_experts=4",

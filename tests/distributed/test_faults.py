@@ -147,8 +147,9 @@ def test_a_job_killed_on_four_ranks_resumes_on_two_with_the_same_losses(straight
         os.kill(process, signal.SIGKILL)
     assert finish(job)[0] == -signal.SIGKILL
 
-    code, _, err = run(["train", str(path), *TWO, "--resume"])
+    code, _, err = run(["train", str(path), *TWO, "--resume", "parallel.tensor=2"])
     assert code == 0, err
+    assert f"transom: {path}: parallel.tensor: 1 -> 2" in err.splitlines()
     assert losses(path) == pytest.approx(straight, rel=1e-6)
 
 

@@ -21,10 +21,10 @@ from transom.base.interrupts import STOP_SIGNALS, handling, raise_stop
 from transom.base.processes import RESTARTS, local_world_size, restarts, world_size
 from transom.base.runtime import pick_device
 from transom.config.parallel_args import ParallelArgs
-from transom.distributed.failures import End, limit, recorded_ends, shared_failures
+from transom.distributed.failures import TIMEOUT, End, limit, recorded_ends, shared_failures
 from transom.distributed.mesh import Meshes
 
-JOINING = 300.0  # the most seconds that a rank waits for the rendezvous
+JOINING = 50.0  # seconds that a rank waits for the rendezvous, without TRANSOM_DIST_TIMEOUT
 SAVING = "600"  # seconds that ranks have for their checkpoint after a signal
 
 
@@ -50,7 +50,7 @@ def joined(args: ParallelArgs, device: str = "auto") -> Iterator[Meshes | None]:
         yield None
         return
     seconds = limit()
-    store, rank = _rendezvous(min(seconds, JOINING))
+    store, rank = _rendezvous(seconds if TIMEOUT in os.environ else JOINING)
     with shared_failures(store, rank, world_size()):
         place = pick_device(device)
         if place.type == "cuda":
@@ -81,10 +81,12 @@ def _rendezvous(seconds: float) -> tuple[dist.Store, int]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     try:
         store, number, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
-    except (dist.DistError, RuntimeError):
-        where = f"rendezvous: got no answer from {host}:{port} (MASTER_ADDR:MASTER_PORT)"
-        expected = f"within {seconds:g} seconds; expected the store of {world_size()} ranks there"
-        raise WorkError(f"rank {rank}: {where} {expected}") from None
+    except (dist.DistError, RuntimeError) as error:
+        what = f"got no answer from {host}:{port} within {seconds:g} seconds ({TIMEOUT})"
+        expected = f"the store of {world_size()} ranks at MASTER_ADDR:MASTER_PORT"
+        if "EADDRINUSE" in str(error):
+            what, expected = f"got port {port}, which another program uses", "a free MASTER_PORT"
+        raise WorkError(f"rank {rank}: rendezvous: {what}; expected {expected}") from None
     return dist.PrefixStore(f"attempt {restarts()}", store), number
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree
 
-from transom.base.errors import expect
+from transom.base.errors import expect, notice
 from transom.base.runtime import give_back_freed_memory
 from transom.distributed.expert_parallel import divide_experts
 from transom.distributed.mesh import Meshes
@@ -77,8 +78,17 @@ def _shard(model: LLM, meshes: Meshes) -> None:
 
 
 def _fully_shard(module: nn.Module, mesh: DeviceMesh) -> None:
-    ranks = mesh.size(mesh.ndim - 1)
-    fully_shard(module, mesh=mesh, shard_placement_fn=lambda weight: _sharded_dim(weight, ranks))
+    ranks, copied = mesh.size(mesh.ndim - 1), set[nn.Parameter]()
+    if torch.__version__ < (2, 12):  # FSDP2 makes parameters that require gradients of them
+        copied = {one for one in module.parameters() if not one.is_floating_point()}
+    fully_shard(
+        module,
+        mesh=mesh,
+        shard_placement_fn=lambda weight: _sharded_dim(weight, ranks),
+        ignored_params=copied,
+    )
+    if copied:
+        notice(f"torch {torch.__version__}: codes of quantized weights are not divided over ranks")
     assert isinstance(module, FSDPModule), "its class since the line before"
     # Losses are sums that are divided by the targets of the step over all ranks.
     module.set_gradient_divide_factor(1.0)

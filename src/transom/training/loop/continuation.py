@@ -22,6 +22,7 @@ from transom.base.files import read_json
 from transom.base.processes import launch_id
 from transom.base.runtime import DTYPES, dtype_name, machine
 from transom.base.version import __version__
+from transom.distributed.ranks import Ranks
 from transom.planning.counts import parameters
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
@@ -48,6 +49,7 @@ FREE_ON_RESUME = (
     "activation_offload",
     "parallel",
     "finetune.scores",
+    "parallel",
 )
 
 
@@ -134,6 +136,20 @@ def changes_of(run: Path, args: TrainArgs) -> list[Change]:
     if wrong:
         raise RequestError(f"{run}: belongs to another run: {'; '.join(wrong)}")
     return changes
+
+
+def check_alike(ranks: Ranks, args: TrainArgs) -> None:
+    """Refuse ranks that compute with different configs.
+
+    Raises:
+        RequestError: On every rank, with the first field in which a rank differs from rank 0.
+    """
+    first, *others = ranks.each(write(args))
+    for rank, other in enumerate(others, 1):
+        for one in starmap(Change, differences(first, other)):
+            found = f"{one.before!r} on rank 0 and {one.now!r} on rank {rank}"
+            if not one.is_free:
+                raise RequestError(f"{one.field}: got {found}; expected the same on all ranks")
 
 
 def as_begun(run: Path, args: TrainArgs) -> TrainArgs:

@@ -24,6 +24,7 @@ from transom.training.effects import check_effects
 from transom.training.loop.continuation import (
     as_begun,
     changes_of,
+    check_alike,
     check_as_begun,
     check_same_machine,
     write_run,
@@ -81,6 +82,7 @@ def open_run(
     _check_apart(args)
     args.check_ranks(args.parallel.resolved(1) if meshes is None else meshes.args)
     run, ranks = RunFolder(args.out), Ranks(rank, world_size, device, meshes, quiet)
+    check_alike(ranks, args)
 
     def check_folder() -> None:
         run.lock()

@@ -1,15 +1,21 @@
 """`--nproc`, torchrun and SLURM: processes that become the ranks of one run."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.distributed.processes import ROOT, environment, losses, run, words
+from tests.distributed.ranks import run_ranks
+from transom.base.errors import notice
 from transom.base.processes import launch_id
 from transom.cli.main import main
 from transom.distributed import launch as launch_module
+from transom.distributed.ranks import Ranks
 from transom.training.loop.continuation import begun_by_this_launch
 
 TWO = ("--nproc", "2")
@@ -140,3 +146,25 @@ def test_the_slurm_script_starts_torchrun_on_every_machine(tmp_path):
         *("--max-restarts=3", "-m", "transom", "train", "config.yaml", "steps=3"),
     ]
     assert started(SLURM_RESTART_COUNT="1") == [*arguments, "--resume"]
+
+
+def said():
+    """Return what a rank prints that is the first one of its machine."""
+    rank = torch.distributed.get_rank()
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": "0"}
+    ranks = Ranks(rank, 2)
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        with ranks.notices_of_first():
+            notice("of work that every rank does")
+        ranks.say("of the run")
+        notice("of one machine")
+    return err.getvalue()
+
+
+def test_notices_of_work_that_every_rank_does_are_those_of_rank_0(tmp_path):
+    first, second = run_ranks(said, 2, tmp_path)
+    assert first == "".join(
+        f"transom: {what}\n"
+        for what in ("of work that every rank does", "of the run", "of one machine")
+    )
+    assert second == "transom: rank 1: of one machine\n"

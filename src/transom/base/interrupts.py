@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -85,9 +87,16 @@ class Background(Generic[T]):
         finally:
             self._running.discard(self)
 
-    def result(self) -> T:
-        """Wait for the call and return its value, or raise its error."""
+    def result(self, seconds: float = math.inf) -> T:
+        """Wait for the call and return its value, or raise its error.
+
+        Raises:
+            TimeoutError: If it takes longer than `seconds`.
+        """
+        end = time.monotonic() + seconds
         while not self._future.done():
+            if time.monotonic() > end:
+                raise TimeoutError
             wait([self._future], timeout=0.1)  # without a limit, some systems cannot interrupt it
         return self._future.result()
 

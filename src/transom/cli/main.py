@@ -92,7 +92,9 @@ def _exit_code(words: list[str]) -> int:
     except (RequestError, WorkError) as error:
         if prints():
             print(f"transom: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RequestError) else 1
+        code = 2 if isinstance(error, RequestError) else 1
+        leave_background_calls(code)
+        return code
     except STOPS as stop:
         if prints():
             print(f"transom: interrupted{f' by {stop}' if str(stop) else ''}", file=sys.stderr)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from transom.base.errors import WorkError, expect, notice
-from transom.base.interrupts import STOP_SIGNALS, handling, raise_stop
+from transom.base.interrupts import STOP_SIGNALS, Background, handling, raise_stop
 from transom.base.processes import RESTARTS, local_world_size, restarts, world_size
 from transom.base.runtime import pick_device
 from transom.config.parallel_args import ParallelArgs
@@ -79,9 +79,10 @@ def _rendezvous(seconds: float) -> tuple[dist.Store, int]:
     if host in ("localhost", "127.0.0.1"):  # else gloo looks up the name of the machine
         loopback = "lo" if sys.platform == "linux" else "lo0"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    try:
-        store, number, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
-    except (dist.DistError, RuntimeError) as error:
+    join = dist.rendezvous("env://", timeout=timedelta(seconds=seconds))
+    try:  # torch waits without a limit for a program that accepts the connection and is no store
+        store, number, _ = Background(lambda: next(join)).result(seconds + 2)
+    except (dist.DistError, RuntimeError, TimeoutError) as error:
         what = f"got no answer from {host}:{port} within {seconds:g} seconds ({TIMEOUT})"
         expected = f"the store of {world_size()} ranks at MASTER_ADDR:MASTER_PORT"
         if "EADDRINUSE" in str(error):

@@ -83,7 +83,7 @@ def test_every_dependency_has_its_reason():
 
 # Code lines of each room. Lower a ceiling when a room shrinks; explain a higher one in the commit.
 CEILINGS = {
-    "base": 821,
+    "base": 824,
     "config": 688,
     "planning": 492,
     "attention": 703,
@@ -97,13 +97,13 @@ CEILINGS = {
     "lora": 595,
     "chat": 896,
     "checkpoints": 4_982,
-    "distributed": 1_450,
+    "distributed": 1_260,
     "data": 2_145,
     "inference": 2_182,
     "evaluation": 1_371,
-    "training": 4_288,
+    "training": 4_297,
     "verify": 3_044,
-    "cli": 1_833,
+    "cli": 1_835,
 }
 
 

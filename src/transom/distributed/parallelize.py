@@ -79,7 +79,7 @@ def _shard(model: LLM, meshes: Meshes) -> None:
 
 def _fully_shard(module: nn.Module, mesh: DeviceMesh) -> None:
     ranks, copied = mesh.size(mesh.ndim - 1), set[nn.Parameter]()
-    if torch.__version__ < (2, 12):  # FSDP2 makes parameters that require gradients of them
+    if torch.__version__ < "2.12":  # FSDP2 makes parameters that require gradients of them
         copied = {one for one in module.parameters() if not one.is_floating_point()}
     fully_shard(
         module,

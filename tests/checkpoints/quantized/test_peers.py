@@ -123,6 +123,7 @@ def test_gptqmodel_opens_our_awq(zero_points, tmp_path):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2"])
 def test_we_open_the_awq_of_gptqmodel(family, symmetric, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # it writes a folder of logs
     monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")
     gptqmodel = pytest.importorskip("gptqmodel")
     sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, explained, notice
+from transom.base.errors import RequestError, expect, explained, notice
 from transom.base.fields import write
 from transom.base.files import read_json
 from transom.checkpoints.adapters.read import load_adapter
@@ -212,9 +212,11 @@ def compare_merged(out: Path, name: str) -> Iterator[Finding]:
         folders = [one["folder"] for one in report["adapters"]]
         weights = tuple(one["weight"] for one in report["adapters"])
         args = CombineArgs(**report["combine"], weights=weights)
-        merge = Merge.plan(report["base"]["folder"], folders, args, report["out"]["dtype"])
-        form = {str(form): form for form in merge.forms}[report["kept"]]
-    model = merge.unmerged(form)
+        base, dtype, kept = report["base"]["folder"], report["out"]["dtype"], str(report["kept"])
+    merge = Merge.plan(base, folders, args, dtype)
+    known = {str(form): form for form in merge.forms}
+    expect(kept in known, f"{out / REPORT}: kept", kept, ", ".join(known))
+    model = merge.unmerged(known[kept])
     adapted = _adapted_leaves(model) if merge.args.method == "linear" else {}
     if not adapted:
         model = merge.merged(model)

@@ -147,7 +147,7 @@ def check_out(
         dtype: As for `save`.
 
     Raises:
-        RequestError: If it is so.
+        RequestError: If `out` is one of the folders that are read, or as for `plan_layout`.
     """
     unread = Path(out).resolve() not in [folder.resolve() for folder in location.folders]
     expect(unread, "out", str(out), "a folder that is not read")

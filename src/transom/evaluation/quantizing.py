@@ -98,8 +98,8 @@ def quantize_folder(
     expect(format in ("hf", "native"), "format", format, "hf or native")
     expect(dtype is None or dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
     location = find_model(model, revision)
+    check_out(out, location, read_args(location.model), format)
     made = _dense(location, device, "float32")
-    check_out(out, location, made.args, format)
     read, held = None, None
     if args.calibrated:
         most = calibration_rows * LENGTH

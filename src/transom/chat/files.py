@@ -40,9 +40,9 @@ def stored_templates(folder: Path) -> tuple[str, dict[str, str]]:
 
 def write_templates(folder: Path, sources: Mapping[str, str]) -> None:
     """Write templates by name into the files that `stored_templates` reads."""
-    with writing(folder / FILE):
-        for name, source in sources.items():
-            file = folder / (FILE if name == DEFAULT else f"{TEMPLATES}/{name}.jinja")
+    for name, source in sources.items():
+        file = folder / (FILE if name == DEFAULT else f"{TEMPLATES}/{name}.jinja")
+        with writing(file):
             file.parent.mkdir(exist_ok=True)
             file.write_text(source, encoding="utf-8")
 

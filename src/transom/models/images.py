@@ -103,7 +103,7 @@ def prepare_image(
     channels = args.num_channels
     expect(channels == 3, "vision_args.num_channels", channels, "3 for images")
     image, tile = open_image(source), args.image_size
-    from PIL import Image  # after `open_image`, which checks that Pillow is installed
+    from PIL import Image
 
     columns, rows = grid = choose_grid(image.size, tile, max_tiles, resize_to_max_canvas)
     canvas = Image.new("RGB", (columns * tile, rows * tile))

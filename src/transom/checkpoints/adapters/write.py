@@ -77,7 +77,7 @@ def save_adapter(
     """
     expect(format in ("peft", "mistral"), "format", format, "peft or mistral")
     names, here = adapter_names(model), Path(folder)
-    expect(name in names, "adapter", name, f"{', '.join(names) or 'a model with one'}")
+    expect(name in names, "adapter", name, ", ".join(names) or "a model with one")
     lora: dict[str, LoraWeights] = {}
     whole: Tensors = {}
     for path, _, adapters in adapted_modules(model):

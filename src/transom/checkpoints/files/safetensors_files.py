@@ -193,7 +193,7 @@ def _write_shard(
     start = 0
     for key, meta in shard:
         known = ", ".join(map(str, _NAMES))
-        expect(meta.dtype in _NAMES, f"{path}: {key}: dtype", meta.dtype, f"{known}")
+        expect(meta.dtype in _NAMES, f"{path}: {key}: dtype", meta.dtype, known)
         offsets = [start, start + meta.nbytes]
         header[key] = {"dtype": _NAMES[meta.dtype], "shape": [*meta.shape], "data_offsets": offsets}
         start += meta.nbytes

@@ -39,12 +39,12 @@ def open_float8(
     expect("weight" in stored, where, sorted(stored), "a tensor `weight` too")
     name = "weight_scale_inv" if "weight_scale_inv" in stored else "weight_scale"
     weight, scales = stored["weight"], stored[name]
-    expect(weight.dtype == FLOAT8, f"{where}.weight: dtype", weight.dtype, f"{FLOAT8}")
+    expect(weight.dtype == FLOAT8, f"{where}.weight: dtype", weight.dtype, str(FLOAT8))
     expect(len(weight.shape) == 2, f"{where}.weight: shape", weight.shape, "a matrix")
     sizes = [min(own or size, size) for own, size in zip(block, weight.shape, strict=True)]
     shape = tuple(-(-size // own) for size, own in zip(weight.shape, sizes, strict=True))
     fits = scales.shape == shape or (shape == (1, 1) and scales.shape in ((), (1,)))
-    expect(fits, f"{where}.{name}: shape", scales.shape, f"{shape}")
+    expect(fits, f"{where}.{name}: shape", scales.shape, str(shape))
 
     def checked() -> Tensor:
         each = scales.read().float().view(shape)

@@ -62,7 +62,7 @@ def open_packed(
     }
     for name in names:
         shape, lazy = (*leading, *shapes[name]), stored[name]
-        expect(lazy.shape == shape, f"{where}.{name}: shape", lazy.shape, f"{shape}")
+        expect(lazy.shape == shape, f"{where}.{name}: shape", lazy.shape, str(shape))
         kinds = PLAIN_DTYPES if name == "scales" else (torch.int32,)
         expected = " or ".join(map(str, kinds))
         expect(lazy.dtype in kinds, f"{where}.{name}: dtype", lazy.dtype, expected)

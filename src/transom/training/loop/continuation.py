@@ -49,7 +49,6 @@ FREE_ON_RESUME = (
     "activation_offload",
     "parallel",
     "finetune.scores",
-    "parallel",
 )
 
 

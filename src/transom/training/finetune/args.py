@@ -172,7 +172,7 @@ class FinetuneArgs:
         fits = self.label_smoothing == 0 or self.objective == "dpo"
         require(fits, "label_smoothing", self.label_smoothing, "valid only with objective = dpo")
         fits = (self.teacher is not None) == (self.objective == "distill")
-        expect(fits, "teacher", self.teacher, "a model with objective = distill, and only then")
+        expect(fits, "teacher", self.teacher, "a model if objective = distill, else null")
         fits = self.epochs in (None, "auto") or 0 < float(self.epochs or 0) < math.inf
         expect(fits, "epochs", self.epochs, "a number of more than 0, auto or null")
         fits = all(self.new_tokens) and len(set(self.new_tokens)) == len(self.new_tokens)

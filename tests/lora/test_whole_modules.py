@@ -99,8 +99,8 @@ def test_a_saved_model_has_one_dtype():
     model = apply_lora(
         random_model(tiny_args()).bfloat16(), LoraArgs(rank=1, modules_to_save=("output",))
     )
-    for _, _, held in adapted_modules(model):
-        held.merged = held.lora("default") is not None
+    for _, _, adapters in adapted_modules(model):
+        adapters.merged = adapters.lora("default") is not None
     assert {weight.dtype for weight in plain_weights(model).values()} == {torch.bfloat16}
 
 

@@ -47,9 +47,9 @@ def forgotten_scale() -> AbstractContextManager[None]:
     """Merging adds B A without its scale."""
 
     def make(original: Call) -> Call:
-        def merged_weight(leaf: Leaf, held: Adapters) -> Tensor:
-            parts = held.active_lora()
-            whole: Tensor = original(leaf, held)
+        def merged_weight(leaf: Leaf, adapters: Adapters) -> Tensor:
+            parts = adapters.active_lora()
+            whole: Tensor = original(leaf, adapters)
             if any(lora.magnitude is not None for lora in parts):
                 return whole
             for lora in parts:
@@ -78,8 +78,8 @@ def half_sum() -> AbstractContextManager[None]:
     """Merging adds in bfloat16, so that small changes are rounded twice."""
 
     def make(original: Call) -> Call:
-        def merged_weight(leaf: Leaf, held: Adapters) -> Tensor:
-            whole: Tensor = original(leaf, held)
+        def merged_weight(leaf: Leaf, adapters: Adapters) -> Tensor:
+            whole: Tensor = original(leaf, adapters)
             own = leaf.weight.detach().to(whole.dtype)
             return (own.bfloat16() + (whole - own).bfloat16()).to(whole.dtype)
 
@@ -93,12 +93,12 @@ def subtracted_update() -> AbstractContextManager[None]:
 
     def make(original: Call) -> Call:
         def unmerge_adapter(model: LLM) -> LLM:
-            for _, leaf, held in adapted_modules(model):
-                if held.merged and isinstance(leaf, LEAVES):
+            for _, leaf, adapters in adapted_modules(model):
+                if adapters.merged and isinstance(leaf, LEAVES):
                     whole = leaf.weight.detach()
-                    for lora in held.active_lora():
+                    for lora in adapters.active_lora():
                         whole = whole - lora.scale * weight_delta(leaf, lora)
-                    held.base = whole.to(leaf.weight.dtype).detach()
+                    adapters.base = whole.to(leaf.weight.dtype).detach()
             made: LLM = original(model)
             return made
 

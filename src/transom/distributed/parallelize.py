@@ -43,8 +43,8 @@ def parallelize(model: LLM, meshes: Meshes) -> LLM:
     """
     args = meshes.args
     args.check_model(model.args)
-    for path, _, held in adapted_modules(model) if args.divides_model else ():
-        replaced = any(isinstance(part, Replacement) for part in held.values())
+    for path, _, adapters in adapted_modules(model) if args.divides_model else ():
+        replaced = any(isinstance(part, Replacement) for part in adapters.values())
         expect(not replaced, "adapter", path, "no modules_to_save where ranks divide the model")
     # 1. Layers: the rest divides those of this rank's stage.
     if args.pipeline > 1:

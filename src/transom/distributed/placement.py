@@ -67,8 +67,8 @@ def check_leaves(model: LLM, ranks: int) -> None:
             fits = outputs * groups % (format.block * ranks) == 0
             expected = f"a divisor of the {blocks} blocks of {format.block} scales of {path}"
             expect(fits, "parallel.tensor", ranks, expected)
-    for path, _, held in adapted_modules(model):
-        for lora in map(held.lora, held):
+    for path, _, adapters in adapted_modules(model):
+        for lora in map(adapters.lora, adapters):
             fits = lora is None or lora.magnitude is None
             expected = f"1: the inputs of {path} would be divided, whose norm DoRA needs"
             divided = _adapter_by_input(path.rpartition(".")[2])

@@ -63,9 +63,9 @@ class Adapters(nn.ModuleDict):
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]:
     """Yield (name, module, its adapters) for every module that has adapters."""
     for name, module in model.named_modules():
-        held = module._modules.get("lora")
-        if isinstance(held, Adapters):
-            yield name, module, held
+        adapters = module._modules.get("lora")
+        if isinstance(adapters, Adapters):
+            yield name, module, adapters
 
 
 def leaves(model: nn.Module) -> dict[str, Leaf]:
@@ -77,9 +77,9 @@ def adapters_of(module: nn.Module) -> Adapters:
     """Return the adapters of a module; the first call adds the empty container, and the hook of
     a leaf.
     """
-    held = module._modules.get("lora")
-    if isinstance(held, Adapters):
-        return held
+    adapters = module._modules.get("lora")
+    if isinstance(adapters, Adapters):
+        return adapters
     made = Adapters()
     if isinstance(module, LEAVES):
         made.hooks.append(module.register_forward_hook(_add_adapters))
@@ -89,18 +89,18 @@ def adapters_of(module: nn.Module) -> Adapters:
 
 def _present(module: nn.Module) -> Adapters:
     """Return the adapters of a module that has some, in code that torch.compile can trace."""
-    held = module._modules["lora"]
-    assert isinstance(held, Adapters), "hooks come with adapters"
-    return held
+    adapters = module._modules["lora"]
+    assert isinstance(adapters, Adapters), "hooks come with adapters"
+    return adapters
 
 
 def _add_adapters(leaf: Leaf, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     """Forward hook of a leaf: add the active adapters to its output."""
-    held = _present(leaf)
-    if held.merged:
+    adapters = _present(leaf)
+    if adapters.merged:
         return output
     out = output
-    for lora in held.active_lora():
+    for lora in adapters.active_lora():
         out = adapted_output(leaf, lora, inputs, out)
     return out.to(output.dtype)
 
@@ -151,14 +151,14 @@ def attach(model: nn.Module, name: str, parts: dict[str, LoraWeights | Replaceme
     refuse_merged(model, f"adapter {name!r} cannot be added")
     for path, part in parts.items():
         module = model.get_submodule(path)
-        held = adapters_of(module)
+        adapters = adapters_of(module)
         if isinstance(part, Replacement) and not any(
-            isinstance(one, Replacement) for one in held.values()
+            isinstance(one, Replacement) for one in adapters.values()
         ):
-            held.hooks.append(module.register_forward_hook(_narrow_output))
+            adapters.hooks.append(module.register_forward_hook(_narrow_output))
             if isinstance(module, Linear):  # all others cast their parameters to what they need
-                held.hooks.append(module.register_forward_pre_hook(_widen_input))
-        held.add_module(name, part.train(module.training))
+                adapters.hooks.append(module.register_forward_pre_hook(_widen_input))
+        adapters.add_module(name, part.train(module.training))
         owner = model.get_submodule(path.rpartition(".")[0])
         if isinstance(owner, LatentAttention) and path.endswith(".wkv_b"):
             # The absorbed form multiplies by the weight of wkv_b without calling the leaf; the
@@ -168,19 +168,21 @@ def attach(model: nn.Module, name: str, parts: dict[str, LoraWeights | Replaceme
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of all adapters of a model, in the order in which they were added."""
-    return tuple(dict.fromkeys(name for _, _, held in adapted_modules(model) for name in held))
+    return tuple(
+        dict.fromkeys(name for _, _, adapters in adapted_modules(model) for name in adapters)
+    )
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the adapters in use."""
     return tuple(
-        dict.fromkeys(name for _, _, held in adapted_modules(model) for name in held.active)
+        dict.fromkeys(name for _, _, adapters in adapted_modules(model) for name in adapters.active)
     )
 
 
 def refuse_merged(model: nn.Module, what: str) -> None:
     """Raise `RequestError` while adapters are merged; `what` is what cannot be done."""
-    if any(held.merged for _, _, held in adapted_modules(model)):
+    if any(adapters.merged for _, _, adapters in adapted_modules(model)):
         raise RequestError(f"{what}: adapters are merged into the weights; unmerge them first")
 
 
@@ -199,16 +201,18 @@ def activate_adapters(model: nn.Module, names: Collection[str]) -> None:
     for name in names:
         _check_known(model, name)
     refuse_merged(model, f"adapters {list(names)} cannot be chosen")
-    for path, _, held in adapted_modules(model):
-        _check_sum(path, [name for name in names if name in held], held)
-    for _, module, held in adapted_modules(model):
-        held.active = tuple(dict.fromkeys(name for name in names if name in held))
-        _replace(module, held)
+    for path, _, adapters in adapted_modules(model):
+        _check_sum(path, [name for name in names if name in adapters], adapters)
+    for _, module, adapters in adapted_modules(model):
+        adapters.active = tuple(dict.fromkeys(name for name in names if name in adapters))
+        _replace(module, adapters)
 
 
-def _check_sum(path: str, chosen: list[str], held: Adapters) -> None:
+def _check_sum(path: str, chosen: list[str], adapters: Adapters) -> None:
     whole = [
-        name for name in chosen if (lora := held.lora(name)) is None or lora.magnitude is not None
+        name
+        for name in chosen
+        if (lora := adapters.lora(name)) is None or lora.magnitude is not None
     ]
     if whole and len(chosen) > 1:
         raise RequestError(
@@ -217,14 +221,14 @@ def _check_sum(path: str, chosen: list[str], held: Adapters) -> None:
         )
 
 
-def _replace(module: nn.Module, held: Adapters) -> None:
+def _replace(module: nn.Module, adapters: Adapters) -> None:
     """Put the module's own parameters back, then those of the active replacement in their place."""
-    module._parameters.update(held.replaced)
-    held.replaced = {}
-    for name in held.active:
-        part = held[name]
+    module._parameters.update(adapters.replaced)
+    adapters.replaced = {}
+    for name in adapters.active:
+        part = adapters[name]
         for key, parameter in part.named_parameters() if isinstance(part, Replacement) else ():
-            held.replaced[key] = module.get_parameter(key)
+            adapters.replaced[key] = module.get_parameter(key)
             module._parameters[key] = parameter
 
 
@@ -234,11 +238,11 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     """
     _check_known(model, name)
     activate_adapters(model, [other for other in active_adapters(model) if other != name])
-    for path, module, held in list(adapted_modules(model)):
-        if name in held:
-            del held[name]
-        if not held:
-            for hook in held.hooks:
+    for path, module, adapters in list(adapted_modules(model)):
+        if name in adapters:
+            del adapters[name]
+        if not adapters:
+            for hook in adapters.hooks:
                 hook.remove()
             del module._modules["lora"]
             if path.endswith(".wkv_b"):
@@ -250,12 +254,12 @@ def train_adapters(model: nn.Module, names: Collection[str]) -> None:
     model.
     """
     model.requires_grad_(False)
-    for _, _, held in adapted_modules(model):
-        for own in held.replaced.values():
+    for _, _, adapters in adapted_modules(model):
+        for own in adapters.replaced.values():
             own.requires_grad_(False)
         for name in names:
-            if name in held:
-                held[name].requires_grad_(True)
+            if name in adapters:
+                adapters[name].requires_grad_(True)
 
 
 def plain_weights(model: nn.Module, *, quantized: bool = False) -> dict[str, nn.Parameter]:
@@ -278,10 +282,10 @@ def plain_weights(model: nn.Module, *, quantized: bool = False) -> dict[str, nn.
             f"{path} is quantized; expected a dense model (dequantize_model), or to "
             f"save its adapter alone"
         )
-    for path, _, held in adapted_modules(model):
-        if not held.merged and held.active_lora():
+    for path, _, adapters in adapted_modules(model):
+        if not adapters.merged and adapters.active_lora():
             raise RequestError(
-                f"{path}: adapter {held.active[0]!r} is active; expected to merge it "
+                f"{path}: adapter {adapters.active[0]!r} is active; expected to merge it "
                 f"first (merge_adapter), or to save "
                 "it alone (save_adapter)"
             )
@@ -290,8 +294,8 @@ def plain_weights(model: nn.Module, *, quantized: bool = False) -> dict[str, nn.
     # A tied or replaced parameter has two names; the first one is that in the module it belongs to.
     named = model.named_parameters(remove_duplicate=False)
     out = {name: parameter for name, parameter in named if not name.startswith(inside)}
-    for path, _, held in adapted_modules(model):
-        for key, own in held.replaced.items():
+    for path, _, adapters in adapted_modules(model):
+        for key, own in adapters.replaced.items():
             name = f"{path}.{key}"
             if out[name].dtype != own.dtype:
                 out[name] = nn.Parameter(out[name].detach().to(own.dtype), requires_grad=False)

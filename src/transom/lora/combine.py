@@ -26,9 +26,9 @@ def scale_adapters(model: nn.Module, weights: Mapping[str, float]) -> None:
         RequestError: the weight of an adapter that replaces parameters (DoRA, whole modules) is not
             1.
     """
-    for path, _, held in adapted_modules(model):
+    for path, _, adapters in adapted_modules(model):
         for name, weight in weights.items():
-            part = held._modules.get(name)
+            part = adapters._modules.get(name)
             if part is None or weight == 1:
                 continue
             adds = isinstance(part, LoraWeights) and part.magnitude is None

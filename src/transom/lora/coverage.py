@@ -78,7 +78,7 @@ class Role:
 def coverage(model: LLM) -> list[Role]:
     """Return every role of the model. A tied weight counts once, as the embedding."""
     roles: dict[str, Role] = {}
-    adapters = {path: held for path, _, held in adapted_modules(model)}
+    by_path = {path: adapters for path, _, adapters in adapted_modules(model)}
     seen: set[int] = set()
     for path, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
@@ -87,7 +87,7 @@ def coverage(model: LLM) -> list[Role]:
         seen.update(id(parameter) for parameter in own)
         name = role_of(path)
         role = roles.setdefault(name, Role(name))
-        new = _training(_new_parameters(adapters.get(path)))
+        new = _training(_new_parameters(by_path.get(path)))
         whole = _training(own)
         role.modules += 1
         role.training += bool(new or whole)
@@ -101,9 +101,9 @@ def coverage(model: LLM) -> list[Role]:
     return sorted(roles.values(), key=lambda role: places.get(role.name, len(ORDER)))
 
 
-def _new_parameters(held: Adapters | None) -> Iterable[nn.Parameter]:
+def _new_parameters(adapters: Adapters | None) -> Iterable[nn.Parameter]:
     """Return the parameters of adapters that are not copies of the model's own."""
-    parts = () if held is None else held.values()
+    parts = () if adapters is None else adapters.values()
     return [p for part in parts if not isinstance(part, Replacement) for p in part.parameters()]
 
 

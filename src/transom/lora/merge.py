@@ -41,11 +41,11 @@ def merge_adapter(model: M) -> M:
         RequestError: no adapter is active, one is merged already, or one is on a quantized leaf or
             on embeddings that are the output too.
     """
-    for leaf, held in _to_merge(model):
-        merged = merged_weight(leaf, held)
-        held.base = leaf.weight.detach().to("cpu", copy=True)
+    for leaf, adapters in _to_merge(model):
+        merged = merged_weight(leaf, adapters)
+        adapters.base = leaf.weight.detach().to("cpu", copy=True)
         leaf.weight.copy_(merged)
-        held.merged = True
+        adapters.merged = True
     return model
 
 
@@ -55,8 +55,8 @@ def _to_merge(model: nn.Module) -> list[tuple[Leaf, Adapters]]:
     if not active_adapters(model):
         raise RequestError("no adapter is active; expected a model with one or more to merge")
     work: list[tuple[Leaf, Adapters]] = []
-    for path, module, held in adapted_modules(model):
-        if isinstance(module, LEAVES) and held.active_lora():
+    for path, module, adapters in adapted_modules(model):
+        if isinstance(module, LEAVES) and adapters.active_lora():
             if isinstance(module, Quantized):
                 raise RequestError(
                     f"{path} is quantized, and its codes cannot hold the sum; "
@@ -68,11 +68,11 @@ def _to_merge(model: nn.Module) -> list[tuple[Leaf, Adapters]]:
                 and model.args.tie_embeddings
             ):
                 raise RequestError(
-                    f"adapter {held.active[0]!r} is on {path}, which is the output "
+                    f"adapter {adapters.active[0]!r} is on {path}, which is the output "
                     f"too (tie_embeddings) and would "
                     "change with it; expected to keep the adapter apart"
                 )
-            work.append((module, held))
+            work.append((module, adapters))
     return work
 
 
@@ -97,19 +97,20 @@ def fold_adapters(
         RequestError: as `merge_adapter`, or an adapter that replaces weights has a factor or
             another method than linear.
     """
-    args = CombineArgs() if args is None else args
-    weights = {} if weights is None else weights
+    args, weights = args or CombineArgs(), weights or {}
     draws = torch.Generator().manual_seed(args.seed)
     linear = args.method == "linear"
     if linear:
         scale_adapters(model, weights)
-    for leaf, held in _to_merge(model):
+    for leaf, adapters in _to_merge(model):
         merged = (
-            merged_weight(leaf, held) if linear else _combined(leaf, held, weights, args, draws)
+            merged_weight(leaf, adapters)
+            if linear
+            else _combined(leaf, adapters, weights, args, draws)
         )
         leaf.weight.copy_(merged)
-    for _, module, held in adapted_modules(model):
-        for key, own in held.replaced.items():
+    for _, module, adapters in adapted_modules(model):
+        for key, own in adapters.replaced.items():
             own.copy_(module.get_parameter(key))
     for name in adapter_names(model):
         remove_adapter(model, name)
@@ -118,13 +119,13 @@ def fold_adapters(
 
 def _combined(
     leaf: Leaf,
-    held: Adapters,
+    adapters: Adapters,
     weights: Mapping[str, float],
     args: CombineArgs,
     draws: torch.Generator,
 ) -> Tensor:
     """Return the leaf's weight plus the combined changes of its active adapters."""
-    named = [(name, lora) for name in held.active if (lora := held.lora(name)) is not None]
+    named = [(name, lora) for name in adapters.active if (lora := adapters.lora(name))]
     if any(lora.magnitude is not None for _, lora in named):
         raise RequestError(
             f"method: got {args.method!r}; expected linear, with one adapter, as it is DoRA"
@@ -145,23 +146,23 @@ def unmerge_adapter(model: M) -> M:
     Raises:
         RequestError: no adapter is merged.
     """
-    merged = [(module, held) for _, module, held in adapted_modules(model) if held.merged]
+    merged = [one for one in adapted_modules(model) if one[2].merged]
     if not merged:
         raise RequestError("no adapter is merged; expected a model after merge_adapter")
-    for module, held in merged:
-        assert isinstance(module, LEAVES) and held.base is not None, "merging stores it"
-        module.weight.copy_(held.base)
-        held.base, held.merged = None, False
+    for _, module, adapters in merged:
+        assert isinstance(module, LEAVES) and adapters.base is not None, "merging stores it"
+        module.weight.copy_(adapters.base)
+        adapters.base, adapters.merged = None, False
     return model
 
 
-def merged_weight(leaf: Leaf, held: Adapters) -> Tensor:
+def merged_weight(leaf: Leaf, adapters: Adapters) -> Tensor:
     """Return the weight that computes the same as leaf and active adapters, in float32 or wider."""
     wide = torch.promote_types(leaf.weight.dtype, torch.float32)
     whole = leaf.weight.detach().to(wide)
-    for lora in held.active_lora():
+    for lora in adapters.active_lora():
         whole = whole + lora.scale * weight_delta(leaf, lora)
-    for lora in held.active_lora():
+    for lora in adapters.active_lora():
         # DoRA is the only adapter of its leaf, as `activate_adapters` checks.
         if lora.magnitude is not None:
             factor = dora_factor(leaf, lora).to(whole.dtype)

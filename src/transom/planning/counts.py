@@ -215,8 +215,8 @@ def kv_bytes(args: ModelArgs, length: int, bytes_per_value: int = 4) -> int:
     """Return the bytes of the KV cache of one row of `length` tokens, with windows and chunks."""
     total = 0
     for layer in args.layers:
-        held = min(length, layer.rule.size) if layer.rule.size else length
-        total += held * kv_bytes_per_token(layer, bytes_per_value)
+        cached = min(length, layer.rule.size) if layer.rule.size else length
+        total += cached * kv_bytes_per_token(layer, bytes_per_value)
     return total
 
 

@@ -147,7 +147,7 @@ def layer_plan(layer: LayerArgs, length: int) -> LayerPlan:
     per_token = {
         dtype: counts.kv_bytes_per_token(layer, size) for dtype, size in KV_BYTES_PER_VALUE.items()
     }
-    held = min(length, layer.rule.size) if layer.rule.size else length
+    cached = min(length, layer.rule.size) if layer.rule.size else length
     return LayerPlan(
         index=layer.index,
         attention=attention_words(layer),
@@ -159,7 +159,7 @@ def layer_plan(layer: LayerArgs, length: int) -> LayerPlan:
         active_parameters=counts.layer_parameters(layer, active_only=True),
         keys_seen=counts.keys_seen(layer, length),
         kv_bytes_per_token=per_token,
-        kv_bytes={dtype: held * size for dtype, size in per_token.items()},
+        kv_bytes={dtype: cached * size for dtype, size in per_token.items()},
         flops_per_token=counts.layer_flops_per_token(layer, length),
     )
 

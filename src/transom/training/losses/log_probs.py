@@ -100,7 +100,9 @@ def check_frozen_base(model: LLM, setting: str) -> None:
     It is raised if more than the adapters trains, because the base would then change.
     """
     own = {
-        id(parameter) for _, _, held in adapted_modules(model) for parameter in held.parameters()
+        id(parameter)
+        for _, _, adapters in adapted_modules(model)
+        for parameter in adapters.parameters()
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in own:

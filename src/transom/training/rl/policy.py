@@ -177,7 +177,9 @@ class PolicyGradient(Objective):
     def __post_init__(self) -> None:
         if self.args.strength:
             check_frozen_base(self.model, f"finetune.beta: got {self.args.beta}")
-        active = [lora for *_, held in adapted_modules(self.model) for lora in held.active_lora()]
+        active = [
+            lora for *_, adapters in adapted_modules(self.model) for lora in adapters.active_lora()
+        ]
         dropout = max((lora.dropout for lora in active), default=0)
         if dropout:
             self.ranks.say(

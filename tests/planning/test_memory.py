@@ -173,6 +173,13 @@ def test_the_verb_prints_what_the_function_returns_without_torch(capsys):
     assert f"{document['total']:,}" in capsys.readouterr().out
 
 
+def test_the_document_of_a_folder_has_the_bytes_of_its_weights_by_kind(tmp_path, capsys):
+    save(LLM(tiny_args(dim=64)), tmp_path, format="hf")
+    assert main(["inspect", str(tmp_path), "--memory", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["plan"]["weights"] == load_plan(ModelLocation(tmp_path)).weights
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -186,6 +193,8 @@ def test_the_verb_prints_what_the_function_returns_without_torch(capsys):
         (("--memory", "--draft-model", "no-such"), "model: got 'no-such'"),
         (("--memory", "--trace", "a"), "--memory: got True"),
         (("--context", "5"), "--context: got 5; valid only with --memory"),
+        (("demo", "--memory"), "--memory: got True; valid only with one model"),
+        (("demo", "--batch", "2"), "--batch: got 2; valid only with --memory"),
         (("--kv-bits", "8"), "--kv-bits: got 8; valid only with --memory"),
     ],
 )

@@ -271,7 +271,7 @@ def _open(
     kind = kind or dtypes["tok_embeddings.weight"]
     if location.adapter is not None:
         sizes["adapter"] = adapter_bytes(location.adapter, kind)
-    plan = LoadPlan(args, sizes, mapped, kind, place)
+    plan = LoadPlan(args, dict(sizes), mapped, kind, place)  # `asdict` breaks Counters
     quantized = f"tensors of types {types}" if types else f"weights of {stated}" if stated else ""
     return _Source(plan, model, groups, source, codes, quantized)
 

@@ -30,7 +30,7 @@ ROTARY = {
 
 def run_compare(options: argparse.Namespace) -> dict[str, Any]:
     """Print what differs. The exit code is 0 whether or not something does."""
-    require_unset(options, False, "with one model", "length", "trace", "device", "dtype")
+    require_unset(options, False, "with one model", "memory", "trace", "length")
     names, revision = (options.model, options.other), options.revision
     local = [Path(name).exists() for name in names]
     expect(revision is None or not all(local), "--revision", revision, "none without a hub id")

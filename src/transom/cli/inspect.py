@@ -79,11 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Print a plan, a trace or a comparison."""
+    check_flags(options)
     if options.other is not None:
         from transom.cli.compare import run_compare
 
         return run_compare(options)
-    check_flags(options)
     model = describe_model(options.model, options.revision, settings_only=options.trace is None)
     if options.trace is not None:
         return run_trace(model, options)

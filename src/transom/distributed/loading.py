@@ -1,4 +1,4 @@
-"""Divided models of which each rank allocates its parts only, and reads tensor by tensor."""
+"""Divided models of which each rank allocates its parts only, and reads module by module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transom.models.llm import LLM
 
 Tensors = dict[str, Tensor]
 # Returns all parameters of a module from those that files have; see `read_parts`.
-Complete = Callable[[str, nn.Module, Tensors], Tensors]
+MakeModule = Callable[[str, nn.Module, Tensors], Tensors]
 
 
 def allocate(args: ModelArgs, meshes: Meshes | None, device: torch.device) -> LLM:
@@ -60,7 +60,7 @@ def read_parts(
     meshes: Meshes,
     device: torch.device,
     where: str,
-    complete: Complete | None = None,
+    make: MakeModule | None = None,
 ) -> None:
     """Divide a model, and read this rank's parts of its weights, one module after the other.
 
@@ -71,13 +71,13 @@ def read_parts(
         meshes: The ranks.
         device: The device of this rank.
         where: The folder, for messages.
-        complete: Called for each module that has weights in the files, in the order of the model,
+        make: Called for each module that has weights in the files, in the order of the model,
             with its name, the module and these weights in full and in the dtype of the files. It
             returns the module's parameters in full, with those of its adapters. On ranks without
             the layer, tensors are on the meta device.
 
     Raises:
-        RequestError: If the model cannot be divided, or by `complete`.
+        RequestError: If the model cannot be divided, or by `make`.
     """
     every = dict(model.named_modules())
     parallelize(model, meshes).to_empty(device=device)
@@ -95,7 +95,7 @@ def read_parts(
             if here and len(read) == 1:  # not codes
                 counts[group.keys[0]] = count_nonfinite(read[0])
             full |= zip((key.rpartition(".")[2] for key in group.keys), read, strict=True)
-        made = full if complete is None else complete(path, module, full)
+        made = full if make is None else make(path, module, full)
         for name, tensor in made.items():
             weight = left.pop(f"{path}.{name}", None)
             if weight is not None:

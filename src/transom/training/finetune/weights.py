@@ -22,7 +22,7 @@ from transom.checkpoints.fingerprint import fingerprint
 from transom.checkpoints.load import load, open_weights
 from transom.checkpoints.open_model import load_tokenizer
 from transom.checkpoints.read_args import read_args
-from transom.distributed.loading import Complete, read_parts
+from transom.distributed.loading import MakeModule, read_parts
 from transom.lora.adapters import (
     Adapters,
     activate_adapters,
@@ -140,14 +140,14 @@ def finetune_model(
     coverage = coverage_lines(model)
     if weights is not None and ranks.meshes is not None:
         changed = finetune.method == "lora" or words
-        complete = completion(finetune, args.seed, ranks.device) if changed else None
-        read_parts(model, weights, ranks.meshes, ranks.device, shown_name(folder), complete)
+        make = leaf_maker(finetune, args.seed, ranks.device) if changed else None
+        read_parts(model, weights, ranks.meshes, ranks.device, shown_name(folder), make)
     restore_random_state(ranks.device, before)
     return model, tokenizer, coverage
 
 
-def completion(finetune: FinetuneArgs, seed: int, device: torch.device) -> Complete:
-    """Return what makes the weights of each leaf as `choose_weights` does, from those of files.
+def leaf_maker(finetune: FinetuneArgs, seed: int, device: torch.device) -> MakeModule:
+    """Return what makes the parameters of a leaf from those of files, as `choose_weights` does.
 
     Args:
         finetune: The settings.
@@ -156,7 +156,7 @@ def completion(finetune: FinetuneArgs, seed: int, device: torch.device) -> Compl
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def complete(path: str, module: nn.Module, read: dict[str, Tensor]) -> dict[str, Tensor]:
+    def make(path: str, module: nn.Module, read: dict[str, Tensor]) -> dict[str, Tensor]:
         if not isinstance(module, LEAVES):
             return read
         made, adapters = dict(read), module._modules.get("lora")
@@ -178,7 +178,7 @@ def completion(finetune: FinetuneArgs, seed: int, device: torch.device) -> Compl
             made |= {f"lora.{ADAPTER}.{key}": one for key, one in lora.named_parameters()}
         return made
 
-    return complete
+    return make
 
 
 def dated(template: ChatTemplate | None, args: TrainArgs) -> tuple[ChatTemplate | None, TrainArgs]:

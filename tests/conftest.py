@@ -20,10 +20,12 @@ def _one_thread():
 
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible():
-    """Commands that a shell starts in the background ignore SIGINT, and so would the runs of
-    tests.
+    """Commands that a shell starts in the background ignore SIGINT, those of `nohup` ignore SIGHUP,
+    and so would the runs of tests.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

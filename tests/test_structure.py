@@ -96,7 +96,7 @@ CEILINGS = {
     "quantize": 1_221,
     "lora": 595,
     "chat": 896,
-    "checkpoints": 4_982,
+    "checkpoints": 4_980,
     "distributed": 1_244,
     "data": 2_145,
     "inference": 2_182,

@@ -171,7 +171,7 @@ def test_the_sum_is_rounded_once(dtype, tmp_path):
 
 def test_neither_of_the_folders_is_written_into(run):
     for folder in (run / "step_000002", run.parent / "base"):
-        with pytest.raises(RequestError, match="which is read"):
+        with pytest.raises(RequestError, match="that is not read"):
             convert(run, folder)
 
 

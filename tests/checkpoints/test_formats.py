@@ -311,7 +311,7 @@ def test_wrong_requests_are_refused_before_anything_is_written(tmp_path, changes
 
 def test_conversion_into_its_own_source_is_refused(tmp_path):
     save(model_of("llama"), tmp_path)
-    with pytest.raises(RequestError, match="which is read"):
+    with pytest.raises(RequestError, match="that is not read"):
         convert(tmp_path, tmp_path / "." / "")
 
 

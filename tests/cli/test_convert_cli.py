@@ -78,7 +78,7 @@ def test_an_occupied_folder_is_refused_unless_told(source, call, tmp_path):
     ("words", "said"),
     [
         (["/no/such/folder", "OUT"], "got '/no/such/folder', no such folder"),
-        (["SRC", "SRC", "--overwrite"], "which is read"),
+        (["SRC", "SRC", "--overwrite"], "that is not read"),
         (["SRC", "OUT", "--format", "onnx"], "--format: got 'onnx'; expected"),
         (["SRC", "OUT", "--dtype", "int8"], "dtype: got 'int8'"),
         (["SRC", "OUT", "--max-shard-size", "many"], "max_shard_size: got 'many'"),

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from transom.base.errors import expect, notice, require
+from transom.base.errors import expect, notice
 from transom.base.files import read_json
 from transom.checkpoints.exported import Programs, dense_model, export_programs
 from transom.checkpoints.files.checksums import verify_step
@@ -98,7 +98,7 @@ def convert(
     location = find_model(source, revision)
     files = gguf_files(location.model)
     read = [path.resolve() for path in (*location.folders, *files)]
-    require(out.resolve() not in read, "OUT", str(out), "which is read; expected another one")
+    expect(out.resolve() not in read, "OUT", str(out), "a file or folder that is not read")
     args, state = open_merged(location, dtype)
     counts: dict[str, int] = {}
     ours = {name: _counted(name, lazy, counts) for name, lazy in state.items()}

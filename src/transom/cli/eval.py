@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, expect, optional, require
+from transom.base.errors import RequestError, expect, optional
 from transom.base.files import json_text, write_text
 from transom.cli.main import user_path
 from transom.cli.options import (
@@ -119,7 +119,7 @@ def check_arguments(options: argparse.Namespace) -> None:
             exists = Path(name).parent.is_dir()
             expect(exists, flag, name, "a file in a folder that exists")
             fits = options.overwrite or not Path(name).exists()
-            require(fits, flag, name, "this file exists; expected --overwrite with it")
+            expect(fits, flag, name, "--overwrite, since the file exists")
 
 
 # -- local data ------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import RequestError, expect, explained, require
+from transom.base.errors import RequestError, expect, explained
 from transom.base.files import refuse_pointer
 
 MAGIC = b"GGUF"
@@ -143,7 +143,7 @@ def read_gguf(path: Path) -> GgufModel:
     expect(count == len(files), f"{path}: split.count", count, expected)
     for file, (_, more) in zip(files[1:], headers[1:], strict=True):
         twice = next(iter(tensors.keys() & more.keys()), None)
-        require(twice is None, str(file), twice, "which is in another part too; expected it once")
+        expect(twice is None, str(file), twice, "a name that no other part has")
         tensors |= more
     return GgufModel(files, metadata, tensors)
 
@@ -224,7 +224,7 @@ class _Cursor:
         for _ in range(count):
             self.what = what
             name = self.text()
-            require(name not in found, f"{self.path}: {what}", name, "which is there twice")
+            expect(name not in found, f"{self.path}: {what}", name, "each name once")
             self.what = name
             found[name] = read()
         return found

@@ -47,10 +47,15 @@ def fresh_compiler():
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
     """Each process of pytest-xdist has a cache folder; that of the developer is neither read nor
-    changed.
+    changed. They share the compiled library, since compiling takes both cores for seconds.
     """
+    cache, base = tmp_path_factory.mktemp("cache"), tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = base.parent / "ops"
+        shared.mkdir(exist_ok=True)
+        (cache / "ops").symlink_to(shared)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRANSOM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TRANSOM_CACHE", str(cache))
         yield
 
 

@@ -87,7 +87,7 @@ CEILINGS = {
     "config": 688,
     "planning": 492,
     "attention": 703,
-    "ops": 214,
+    "ops": 219,
     "layers": 755,
     "cache": 462,
     "names": 127,

@@ -93,10 +93,15 @@ def test_an_unreachable_rendezvous_is_named(tmp_path):
     assert "rank 1: rendezvous: got no answer from 127.0.0.1:9" in err
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_another_program_at_the_rendezvous_is_named(tmp_path):
+    where = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "TRANSOM_DIST_TIMEOUT": "3"}
     with socket.create_server(("127.0.0.1", 0)) as other:  # accepts connections, and is no store
         where["MASTER_PORT"] = str(other.getsockname()[1])
         command = words(tmp_path, f"out={tmp_path}/run")
-        ranks = [start(command, **where | {"RANK": one}, TRANSOM_DIST_TIMEOUT="3") for one in "01"]
+        ranks = [start(command, **where, RANK=rank) for rank in "01"]
         (first, _, taken), (second, _, silent) = map(finish, ranks)
     assert first == second == 1
     assert f"rank 0: rendezvous: got port {where['MASTER_PORT']}, which another program" in taken

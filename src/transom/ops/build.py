@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from transom.base.errors import WorkError, expect, notice
@@ -73,7 +74,14 @@ def built() -> Path:
         scratch = tempfile.TemporaryDirectory(dir=path.parent)
     with scratch as folder:
         made = Path(folder) / path.name
-        _run(found, *FLAGS, *(str(here / name) for name in UNITS), "-o", str(made))
+        objects = [f"{folder}/{name}.o" for name in UNITS]
+
+        def compiled(name: str, unit: str) -> None:
+            _run(found, *FLAGS, "-c", str(here / unit), "-o", name)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(compiled, objects, UNITS))
+        _run(found, *FLAGS, *objects, "-o", str(made))
         made.replace(path)
     seconds = time.perf_counter() - start
     notice(f"ops: compiled C++ for decoding in {seconds:.0f} s: {path}")

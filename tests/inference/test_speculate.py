@@ -216,11 +216,13 @@ def chi_square_excess(sampling, draws):
     return (chi - freedom) / (2 * freedom) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLING[2:])
 def test_a_draft_model_keeps_the_distribution(sampling):
     assert chi_square_excess(sampling, 2000) < 3.5
 
 
+@pytest.mark.slow
 def test_a_wrong_rule_of_rejection_fails_the_test_above(monkeypatch):
     """Drawing a replacement from the model's distribution, and not from the rest of it."""
 

@@ -12,14 +12,14 @@ from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.planning.counts import kv_bytes_per_token
 
-HELD = 4096  # tokens in the cache when one more is decoded
+CACHED = 4096  # tokens in the cache when one more is decoded
 SHAPE: dict[str, Any] = {
     "dim": 1024,
     "n_layers": 4,
     "n_heads": 16,
     "hidden_dim": 2048,
     "vocab_size": 1024,
-    "max_seq_len": HELD + 64,
+    "max_seq_len": CACHED + 64,
 }
 LATENT = {"kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
 CASES: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
         model.init_weights(0)
         model.to(device, dtype).eval()
         cache = model.make_cache(1, kv_bits=kv_bits)
-        prompt = torch.randint(1024, (1, HELD), device=device)
+        prompt = torch.randint(1024, (1, CACHED), device=device)
         model(TransformerInput(prompt, logits="none"), cache, inference=True)
         one = prompt[:, :1].contiguous()
 

@@ -34,7 +34,7 @@ CASES = {
     "fp8": QuantizeArgs(kind="fp8"),
     "fp8, one scale per output": QuantizeArgs(kind="fp8", group=0),
 }
-HELD = 64  # tokens in the cache
+CACHED = 64  # tokens in the cache
 STEPS = {"C++": 16, "PyTorch": 2}  # of a measurement
 
 
@@ -50,7 +50,7 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
             if case == ORDERED:
                 _reorder(model)
             sizes[case] = sum(part.nbytes for part in model.parameters())
-            cache, tokens = model.make_cache(1), torch.arange(HELD, device=device)[None] + 1000
+            cache, tokens = model.make_cache(1), torch.arange(CACHED, device=device)[None] + 1000
             model(TransformerInput(tokens), cache, inference=True)
             runner = decode_plan(model) if path == "C++" else None
             calls[path][case] = partial(_steps, model, cache, runner, count)

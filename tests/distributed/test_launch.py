@@ -148,7 +148,7 @@ def test_the_slurm_script_starts_torchrun_on_every_machine(tmp_path):
     assert started(SLURM_RESTART_COUNT="1") == [*arguments, "--resume"]
 
 
-def said():
+def printed():
     """Return what a rank prints that is the first one of its machine."""
     rank = torch.distributed.get_rank()
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": "0"}
@@ -162,7 +162,7 @@ def said():
 
 
 def test_notices_of_work_that_every_rank_does_are_those_of_rank_0(tmp_path):
-    first, second = run_ranks(said, 2, tmp_path)
+    first, second = run_ranks(printed, 2, tmp_path)
     assert first == "".join(
         f"transom: {what}\n"
         for what in ("of work that every rank does", "of the run", "of one machine")

@@ -49,12 +49,12 @@ def forgotten_scale() -> AbstractContextManager[None]:
     def make(original: Call) -> Call:
         def merged_weight(leaf: Leaf, adapters: Adapters) -> Tensor:
             parts = adapters.active_lora()
-            whole: Tensor = original(leaf, adapters)
+            merged: Tensor = original(leaf, adapters)
             if any(lora.magnitude is not None for lora in parts):
-                return whole
+                return merged
             for lora in parts:
-                whole = whole + (1 - lora.scale) * weight_delta(leaf, lora)
-            return whole
+                merged = merged + (1 - lora.scale) * weight_delta(leaf, lora)
+            return merged
 
         return merged_weight
 
@@ -79,9 +79,9 @@ def half_sum() -> AbstractContextManager[None]:
 
     def make(original: Call) -> Call:
         def merged_weight(leaf: Leaf, adapters: Adapters) -> Tensor:
-            whole: Tensor = original(leaf, adapters)
-            own = leaf.weight.detach().to(whole.dtype)
-            return (own.bfloat16() + (whole - own).bfloat16()).to(whole.dtype)
+            merged: Tensor = original(leaf, adapters)
+            own = leaf.weight.detach().to(merged.dtype)
+            return (own.bfloat16() + (merged - own).bfloat16()).to(merged.dtype)
 
         return merged_weight
 

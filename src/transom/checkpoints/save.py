@@ -137,12 +137,12 @@ def check_out(
     format: FileFormat,
     dtype: str | None = None,
 ) -> None:
-    """Refuse a folder to write that is read, or a format that can't hold a model, before the work.
+    """Check the folder and the format of a model to write, before the model is made.
 
     Args:
         out: The folder to write.
-        location: What is read.
-        args: The arguments of the model that is written.
+        location: The model to read.
+        args: The arguments of the model to write.
         format: As for `save`.
         dtype: As for `save`.
 

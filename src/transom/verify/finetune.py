@@ -39,7 +39,7 @@ from transom.tokenizers.training import byte_tokenizer
 from transom.training.config import TrainArgs, read_config
 from transom.training.finetune.args import FinetuneArgs
 from transom.training.finetune.weights import choose_weights
-from transom.training.loop.run_parts import whole_model
+from transom.training.loop.run_parts import base_folder
 from transom.training.losses.log_probs import adapters_off
 from transom.training.losses.objectives import NextToken
 from transom.training.losses.preferences import Preference
@@ -127,7 +127,7 @@ def compare_folder(name: str, data: str | None = None) -> Iterator[Finding]:
     Raises:
         RequestError: If the model has a head in place of next-token logits.
     """
-    folder = whole_model(name)
+    folder = base_folder(name)
     head = read_args(folder).head
     expect(head is None, "head", head, "a language model")
     text, model = open_text(folder), load(folder, dtype="float32")

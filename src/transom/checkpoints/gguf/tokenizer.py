@@ -208,8 +208,8 @@ def _sentence_piece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> Sen
     types = [CONTROL if one == UNKNOWN else one for one in vocabulary.types]
     types[vocabulary.ids["unk_token"]] = UNKNOWN
     found = {token for token, type in zip(tokens, types, strict=True) if type == BYTE}
-    whole = not found or found == {f"<0x{byte:02X}>" for byte in range(256)}
-    expect(whole, f"{KEY}token_type", f"{len(found)} byte tokens", "none, or <0x00> to <0xFF>")
+    complete = not found or found == {f"<0x{byte:02X}>" for byte in range(256)}
+    expect(complete, f"{KEY}token_type", f"{len(found)} byte tokens", "none, or <0x00> to <0xFF>")
     return SentencePieceFile(
         tokens,
         scores,

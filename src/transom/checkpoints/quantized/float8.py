@@ -4,7 +4,7 @@ Weights with blocks of one output stay in codes, and such blocks are written. We
 blocks are dequantized.
 
 A module has `weight`, float8_e4m3fn [out, in], and `weight_scale_inv`, the scales by which it is
-multiplied, [out / block, in / block] rounded up. A single scale stands for the whole matrix; vLLM
+multiplied, [out / block, in / block] rounded up. A single scale applies to the entire matrix; vLLM
 calls it `weight_scale`. The sources are `weight_dequant` in `kernel.py` of DeepSeek-V3 and `fp8.py`
 of vLLM.
 """

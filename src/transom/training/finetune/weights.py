@@ -53,7 +53,7 @@ from transom.training.loop.checkpoint_writer import (
 )
 from transom.training.loop.dtype_choice import DtypeChoice
 from transom.training.loop.random_states import random_state, restore_random_state
-from transom.training.loop.run_parts import RunParts, whole_model, writable_format
+from transom.training.loop.run_parts import RunParts, base_folder, writable_format
 from transom.training.losses.noise import add_embedding_noise
 from transom.training.losses.objectives import NextToken
 
@@ -69,7 +69,7 @@ def finetune_parts(args: TrainArgs, choice: DtypeChoice) -> RunParts:
         RequestError: The base, the data and the settings do not fit each other.
     """
     assert args.base is not None, "TrainArgs checks it"
-    folder, ranks = whole_model(args.base), choice.ranks
+    folder, ranks = base_folder(args.base), choice.ranks
     # An adapter names its base: a folder by its absolute path, or a hub id.
     base = shown_name(folder.resolve()) if Path(args.base).exists() else args.base
     choice.limit(read_args(folder))

@@ -68,7 +68,7 @@ def continued_parts(args: TrainArgs, choice: DtypeChoice) -> RunParts:
     Checkpoints are written in the format of the base.
     """
     assert args.base is not None, "the caller checks it"
-    folder = whole_model(args.base)
+    folder = base_folder(args.base)
     tokenizer = load_tokenizer(folder)
     ranks = choice.ranks
     model = (
@@ -83,14 +83,14 @@ def continued_parts(args: TrainArgs, choice: DtypeChoice) -> RunParts:
     return RunParts(model, tokenizer, data, _objective(args, model, data, choice), writer)
 
 
-def whole_model(base: str) -> Path:
+def base_folder(base: str) -> Path:
     """Return the folder of a model to start from.
 
     Raises:
         RequestError: If it is an adapter of another model.
     """
     found = find_model(base)
-    expected = "a whole model; `transom merge` makes one of a base and its adapter"
+    expected = "a complete model; `transom merge` makes one of a base and its adapter"
     expect(found.adapter is None, "base", base, expected)
     return found.model
 

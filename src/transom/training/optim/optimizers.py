@@ -279,9 +279,9 @@ def _optimizer(
     if kind == "muon":
         return Muon(groups, momentum=args.muon_momentum, steps=args.muon_steps, group=group)
     if kind == "adamw8bit":
-        whole = _mesh(groups[0]["params"][0]) is None
+        undivided = _mesh(groups[0]["params"][0]) is None
         expected = "32 if ranks divide the weights, whose parts would cut 8-bit blocks"
-        expect(whole, "optimizer.state_bits", 8, expected)
+        expect(undivided, "optimizer.state_bits", 8, expected)
         return AdamW8bit(groups, lr=args.lr, betas=args.betas, eps=args.eps)
     kernel = {"fused": True} if device_type in FUSED_DEVICES else {"foreach": True}
     adamw = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps, **kernel)

@@ -18,6 +18,7 @@ from transom.checkpoints.load import load
 from transom.config.parallel_args import ParallelArgs
 from transom.distributed.failures import is_lost
 from transom.distributed.mesh import Meshes
+from transom.distributed.parts import full_tensor
 from transom.training.loop.setup import open_run
 
 PLAIN = ("optimizer.name=adamw", "data.batch_size=12", "keep_last=3")
@@ -106,6 +107,34 @@ LAYOUTS = {
     "stages": {"pipeline": 2, "shard": 2},
     "replicas": {"replicate": 4, "shard": 1},
 }
+
+
+EIGHT_BITS = (*PLAIN, "model.dim=64", "model.hidden_dim=128", "optimizer.state_bits=8")
+
+
+def states(folder, meshes=None):
+    """The full states of the optimizer after step 4, which a run begins or continues with."""
+    trainer = opened(folder, "run", meshes, EIGHT_BITS)
+    while trainer.progress.step < 4:
+        trainer.log(trainer.step(), 1.0)
+        save(trainer)
+    trainer.run.release()
+    found = trainer.optimizers.state_tensors()
+    return {name: full_tensor(one).clone() for name, one in found.items()}
+
+
+def eight_bits(folder):
+    layouts = {"shard": 4}, {"replicate": 2, "shard": 2}
+    return [states(folder, meshes_of(**layout)) for layout in layouts]
+
+
+@pytest.mark.slow
+def test_divided_8_bit_states_continue_in_other_layouts(tmp_path):
+    begun, *continued = run_ranks(eight_bits, 4, tmp_path, tmp_path)[0]
+    assert sum(one.dtype == torch.uint8 for one in begun.values()) == 2 * (2 * 7 + 1)
+    for found in (*continued, states(tmp_path)):
+        assert found.keys() == begun.keys()
+        assert all(torch.equal(one, begun[name]) for name, one in found.items())
 
 
 def copied(folder, name):

@@ -57,6 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": DENSE,
     "tied": {**DENSE, "tie_embeddings": True, "logit_softcap": 3.0, "mup_base_dim": 16},
     "experts": {**DENSE, "moe_args": {**EXPERTS, "shared_expert": True}},
+    "wide": {**DENSE, "dim": 512, "hidden_dim": 512},
     "latent": {
         **DENSE,
         "n_kv_heads": 4,
@@ -100,7 +101,9 @@ def give_gradients(model: LLM, step: int) -> None:
 def optimizer_steps(kind: str, name: str, degrees: dict[str, int]) -> dict[str, Any]:
     """Take steps with the same full gradients in one process and on all ranks."""
     meshes = Meshes.make(ParallelArgs(**degrees), "cpu")
-    args = OptimizerArgs(name=kind, lr=0.01)
+    args = OptimizerArgs(
+        name=kind.removesuffix("8bit"), lr=0.01, state_bits=8 if "8" in kind else 32
+    )
     results = []
     with mock.patch.object(muon, "orthogonalize", wraps=muon.orthogonalize) as turn:
         for model, group in (
@@ -136,6 +139,8 @@ STEPS = [
     ("muon", "experts", {"shard": 4, "expert": 2}),
     ("adamw", "experts", {"shard": 4, "expert": 2}),
     ("adamw", "dense", {"shard": 2, "tensor": 2}),
+    ("adamw8bit", "wide", {"shard": 4}),
+    ("adamw8bit", "wide", {"shard": 2, "tensor": 2}),
 ]
 
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from transom.base.errors import RequestError, expect
 from transom.config.model_args import ModelArgs
-from transom.training.optim.adamw8bit import SMALLEST_QUANTIZED, AdamW8bit
+from transom.training.optim.adamw8bit import AdamW8bit, can_quantize
 from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.muon import Muon
 
@@ -114,10 +114,9 @@ def _group_of(path: str, parameter: Tensor) -> str:
 def _kind_of(group: str, parameter: Tensor, args: OptimizerArgs) -> str:
     if args.name == "muon" and group == "matrices":
         return "muon"
-    # Embeddings keep 32 bits, as in section 2.3 of the paper: rows of rare tokens share blocks with
-    # those of frequent ones, whose far larger moments would round theirs to zero.
-    large = parameter.numel() >= SMALLEST_QUANTIZED and group != "embedding"
-    return "adamw8bit" if args.state_bits == 8 and large else "adamw"
+    # Embeddings keep 32 bits, as in section 2.3 of the paper.
+    small = args.state_bits == 8 and group not in ("embedding", "vectors")
+    return "adamw8bit" if small and can_quantize(parameter) else "adamw"
 
 
 class Optimizers:
@@ -249,7 +248,7 @@ def build_optimizer(
         group: The ranks that have the parts of divided parameters, see `Muon`.
 
     Raises:
-        RequestError: If no parameter is trainable, or 8-bit states would be divided.
+        RequestError: If no parameter is trainable, or ranks cut blocks of 8-bit states.
     """
     groups = parameter_groups(model, args, width=width)
     if not groups:
@@ -279,9 +278,6 @@ def _optimizer(
     if kind == "muon":
         return Muon(groups, momentum=args.muon_momentum, steps=args.muon_steps, group=group)
     if kind == "adamw8bit":
-        undivided = _mesh(groups[0]["params"][0]) is None
-        expected = "32 if ranks divide the weights, whose parts would cut 8-bit blocks"
-        expect(undivided, "optimizer.state_bits", 8, expected)
         return AdamW8bit(groups, lr=args.lr, betas=args.betas, eps=args.eps)
     kernel = {"fused": True} if device_type in FUSED_DEVICES else {"foreach": True}
     adamw = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps, **kernel)

@@ -98,7 +98,7 @@ CEILINGS = {
     "chat": 896,
     "checkpoints": 4_980,
     "distributed": 1_244,
-    "data": 2_145,
+    "data": 2_197,
     "inference": 2_182,
     "evaluation": 1_371,
     "training": 4318,

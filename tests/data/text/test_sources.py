@@ -60,6 +60,7 @@ def test_a_folder_gives_every_text_in_order_and_counts_the_rest(folder):
         notes=Counter(
             {
                 "empty documents left out": 2,
+                "empty lines left out": 1,
                 "binary files left out": 1,
                 "files left out because the text is not UTF-8": 1,
                 "hidden paths left out": 2,

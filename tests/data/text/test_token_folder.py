@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import fsspec
@@ -12,12 +13,27 @@ from transom.data.store import FileStore
 from transom.data.text import tokenizing
 from transom.data.text.batches import TextBatches
 from transom.data.text.shards import prepare
-from transom.data.text.sources import ReadReport, SourceArgs, read_documents
+from transom.data.text.sources import (
+    ReadReport,
+    SourceArgs,
+    TextFile,
+    read_documents,
+    read_files,
+)
 from transom.data.text.token_folder import open_corpus
 from transom.data.text.tokenizing import tokenize
 from transom.tokenizers.training import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
+ROW = b'{"text": "%d"}'
+AWKWARD = {
+    "plain": b"".join(ROW % at + b"\n" for at in range(6)),
+    "no line end": b"\n".join(ROW % at for at in range(4)),
+    "blank lines": b"\n\n" + ROW % 1 + b"\n \n\n" + ROW % 2 + b"\n\n",
+    "CRLF and a byte order mark": b"\xef\xbb\xbf" + b"\r\n".join(ROW % at for at in range(4)),
+    "a long line": ROW % 1 + b"\n" + ROW % 10**50 + b"\n" + ROW % 2,
+    "characters that end lines of text": '{"text": "\u2028\x85é"}\n\r\n{"text": "b"}'.encode(),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +81,51 @@ def test_any_number_of_processes_and_parts_writes_the_same_bytes(texts, made, tm
             with pytest.raises(RequestError, match="got 'tokens of some parts'; expected all"):
                 open_corpus(SourceArgs(str(other)), TOKENIZER)
     assert files_of(other) == files_of(folder)
+
+
+@pytest.mark.parametrize("content", AWKWARD.values(), ids=AWKWARD)
+def test_the_pieces_of_a_file_have_its_documents(content, tmp_path, monkeypatch):
+    file = TextFile(tmp_path / "a.jsonl", "a.jsonl", named=True)
+    file.path.write_bytes(content)
+    whole = ReadReport()
+    documents = list(read_files([file], whole))
+    for size in range(1, len(content)):
+        monkeypatch.setattr(tokenizing, "SHARD_BYTES", size)
+        report, parts = ReadReport(), []
+        for first in range(3):
+            pieces = tokenizing._pieces(file)[first::3]  # as part 1, 2 or 3 of 3
+            parts.append([list(read_files([piece], report)) for piece in pieces])
+        ordered = [one for some in zip_longest(*parts, fillvalue=[]) for one in some]
+        assert list(chain.from_iterable(ordered)) == documents
+        assert report == whole
+
+
+def test_a_fault_in_a_piece_names_its_row(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes((ROW % 1 + b"\n") * 40 + b"{\n" + ROW % 2)
+    with pytest.raises(RequestError, match=r"a.jsonl:41: '{': expected one JSON object"):
+        tokenize(SourceArgs(str(file)), TOKENIZER, str(tmp_path / "out"), workers=1, part="3/3")
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_parquet_files_are_cut_by_row_groups(groups, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = TextFile(tmp_path / "a.parquet", "a.parquet", named=True)
+    table = pytest.importorskip("pyarrow").table({"text": [f"row {at}" for at in range(20)]})
+    parquet.write_table(table, file.path, row_group_size=-(-20 // groups))
+    pieces = [list(read_files([one], ReadReport())) for one in tokenizing._pieces(file)]
+    assert list(chain.from_iterable(pieces)) == list(read_files([file], ReadReport()))
+    assert sum(map(bool, pieces)) == groups
+
+
+def test_a_notice_counts_large_files_that_cannot_be_cut(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a" * 201)
+    (tmp_path / "b.jsonl").write_bytes((ROW % 1 + b"\n") * 40)
+    for part, shown in (("1/1", False), ("1/2", True)):
+        out = str(tmp_path.parent / f"out-{part[2]}")
+        tokenize(SourceArgs(str(tmp_path)), TOKENIZER, out, workers=1, part=part)
+        sentence = "1 file of more than 200 bytes can't be divided among parts; uncompressed .jsonl"
+        assert (sentence in capsys.readouterr().err) is shown
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3])

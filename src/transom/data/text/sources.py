@@ -18,7 +18,7 @@ from typing import NamedTuple
 from transom.base.errors import RequestError, expect, located, short_repr
 from transom.base.fields import check_bounds, describe
 from transom.data.file_formats import open_bytes, readable, row_format
-from transom.data.row_files import read_rows
+from transom.data.row_files import WHOLE_FILE, FileRange, read_rows
 from transom.planning.tables import counted, counted_words
 
 TEXT_KEY = "text"  # of a row of JSON, and the column of a Parquet file
@@ -173,11 +173,18 @@ class TextFile(NamedTuple):
         path: The file.
         id: Its path below the source.
         named: Whether the source is this file, so that a fault is an error.
+        piece: Which of its rows are read.
     """
 
     path: Path
     id: str
     named: bool = False
+    piece: FileRange = WHOLE_FILE
+
+    @property
+    def size(self) -> int:
+        """Return the bytes of the piece."""
+        return int(min(self.piece.last, self.path.stat().st_size)) - self.piece.first
 
 
 def read_files(files: Sequence[TextFile], report: ReadReport) -> Iterator[Document]:
@@ -323,7 +330,7 @@ def _read_text_rows(file: TextFile, report: ReadReport) -> Iterator[Document]:
     null.
     """
     expected = f'a JSON object with a string "{TEXT_KEY}"'
-    for row in read_rows(file.path, only=TEXT_KEY):
+    for row in read_rows(file.path, TEXT_KEY, file.piece, report.notes):
         with located(row.where):
             columns = row.columns
             expect(TEXT_KEY in columns, "columns", list(columns), expected)

@@ -1,7 +1,8 @@
 """Text to a folder of tokens, by several processes and on several machines.
 
 The files of a source, laid end to end, are divided every `SHARD_BYTES`, and a file belongs to the
-shard in which it begins. Shards are therefore the same for any number of processes and parts.
+shard in which it begins. Larger files of rows are first cut into pieces of `SHARD_BYTES`. Shards
+are therefore the same for any number of processes and parts.
 The facts of a shard (`NAME.json`) are written last: a shard without them is made again.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,11 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from transom.base.errors import expect
+from transom.base.errors import expect, notice
 from transom.base.files import sha256_of
 from transom.base.locks import FolderLock
 from transom.data.cache import read_shard, shard_writer, with_progress
 from transom.data.processes import mapped, usable_cores
+from transom.data.row_files import FileRange, LineEnds
 from transom.data.store import FileStore
 from transom.data.text.shards import batched, token_dtype
 from transom.data.text.sources import (
@@ -38,9 +41,11 @@ from transom.data.text.sources import (
     read_files,
 )
 from transom.data.text.token_folder import COLUMNS, FORMAT, read_manifest
+from transom.planning.tables import counted_words
 from transom.tokenizers.tokenizer import Tokenizer
 
-SHARD_BYTES = 1 << 28  # of the files of a shard; a larger file is one shard
+SHARD_BYTES = 1 << 28  # of the files of a shard; a larger file that can't be cut is one shard
+CUT = (".jsonl", ".ndjson", ".parquet")  # not compressed
 Task = tuple[str, Sequence[Document]]  # the name of a shard, and some of its documents
 Encoded = tuple[str, list[tuple[str, Any, int]]]  # the same, with the id, tokens and bytes of each
 
@@ -76,10 +81,13 @@ def tokenize(
     index, parts = (int(one) if one.isdecimal() else 0 for one in part.partition("/")[::2])
     expect(1 <= index <= parts, "--part", part, "I/N with I from 1 to N")
     report, store = ReadReport(), FileStore(out)
-    files = list_files(source, report)
-    begins = accumulate((file.path.stat().st_size for file in files), initial=0)
+    files = list(chain.from_iterable(map(_pieces, list_files(source, report))))
+    begins = accumulate((file.size for file in files), initial=0)
     groups = groupby(zip(files, begins, strict=False), key=lambda one: one[1] // SHARD_BYTES)
     shards = {f"{at:08d}": [file for file, _ in group] for at, (_, group) in enumerate(groups)}
+    if parts > 1 and (uncut := sum(file.size > SHARD_BYTES for file in files)):
+        what = f"files of more than {SHARD_BYTES:,} bytes can't be divided among parts"
+        notice(f"{counted_words(uncut, what)}; uncompressed {', '.join(CUT)} files can")
     with FolderLock(store.local / f"part-{index}") if store.local else nullcontext():
         manifest, done = _begin(store, source, tokenizer, shards), _facts(store)
         missing = [name for name in [*shards][index - 1 :: parts] if name not in done]
@@ -98,6 +106,16 @@ def tokenize(
     return manifest, report
 
 
+def _pieces(file: TextFile) -> list[TextFile]:
+    """Return the pieces of a file, or the file if it is small or can't be cut."""
+    size = file.path.stat().st_size
+    if size <= SHARD_BYTES or file.path.suffix.lower() not in CUT:
+        return [file]
+    begins, ends = range(0, size, SHARD_BYTES), LineEnds()
+    pieces = zip(begins, [*begins[1:], math.inf], strict=True)
+    return [file._replace(piece=FileRange(first, last, ends)) for first, last in pieces]
+
+
 def _begin(
     store: FileStore,
     source: SourceArgs,
@@ -105,12 +123,11 @@ def _begin(
     shards: Mapping[str, Sequence[TextFile]],
 ) -> dict[str, Any]:
     """Return the manifest without shards, which is written if the folder has no manifest."""
-    groups = shards.values()
-    files = [[(file.id, file.path.stat().st_size) for file in group] for group in groups]
+    files = [[(file.id, file.size) for file in group] for group in shards.values()]
     manifest = {
         "format": FORMAT,
         "source": source.path,
-        "files": sum(map(len, files)),
+        "files": len({id for group in files for id, _ in group}),
         "plan": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
         "tokenizer": tokenizer.hash,
         "dtype": token_dtype(tokenizer),

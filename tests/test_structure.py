@@ -97,11 +97,11 @@ CEILINGS = {
     "lora": 595,
     "chat": 896,
     "checkpoints": 4_980,
-    "distributed": 1_244,
+    "distributed": 1_247,
     "data": 2_197,
     "inference": 2_182,
     "evaluation": 1_371,
-    "training": 4318,
+    "training": 4_318,
     "verify": 3_046,
     "cli": 1_835,
 }

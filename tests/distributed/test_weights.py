@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks import parallel
 from tests.distributed.ranks import run_ranks
-from tests.training.finetune.runs import base_folder, chats, preferences, run_args
+from tests.training.finetune.runs import base_folder, chats, judged, preferences, run_args
 from transom.base.errors import RequestError
 from transom.base.runtime import memory_bytes, reset_peak_memory, resident_bytes
 from transom.checkpoints.load import load
@@ -381,6 +381,7 @@ def test_a_rank_of_four_has_at_most_a_third_of_the_memory() -> None:
 RUNS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], dict[str, int]]] = {
     "all weights": (chats, {"method": "full"}, {"shard": 2}),
     "adapter beside codes": (chats, {"quantize": {"kind": "nf4", "group": 0}}, {"tensor": 2}),
+    "single answers": (judged, {"objective": "kto"}, {"shard": 2}),
     "preferences": (preferences, {"objective": "dpo"}, {"tensor": 2}),
     "new rows": (chats, {"method": "full", "new_tokens": ["<|x|>"]}, {"shard": 2}),
     "scored before": (preferences, {"method": "full", "objective": "dpo"}, {"shard": 2}),
@@ -410,8 +411,8 @@ def fine_tuned(folder: Path, out: str, divided: bool) -> dict[str, list[float]]:
 @pytest.mark.slow
 def test_fine_tuning_on_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     base_folder(tmp_path / "base")
-    chats(tmp_path / "chats.jsonl")
-    preferences(tmp_path / "preferences.jsonl")
+    for rows in {rows for rows, _, _ in RUNS.values()}:
+        rows(tmp_path / f"{rows.__name__}.jsonl")
     alone = fine_tuned(tmp_path, "alone", False)
     for share in run_ranks(fine_tuned, 2, tmp_path, tmp_path, "ranks", True):
         for name, numbers in share.items():

@@ -6,18 +6,23 @@ import json
 import math
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.distributed.ranks import run_ranks
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.rows import EncodedChats
 from transom.data.chat.turns import EncodedChat
+from transom.distributed.ranks import Ranks
+from transom.evaluation.score import Score
 from transom.layers.inputs import TransformerInput
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
@@ -25,15 +30,18 @@ from transom.models.llm import LLM
 from transom.training.finetune.args import FinetuneArgs
 from transom.training.finetune.data import held_batches
 from transom.training.loop.blocks import arrange_blocks
+from transom.training.losses import preferences
 from transom.training.losses.log_probs import adapters_off, measured_log_probs
 from transom.training.losses.preferences import (
     Preference,
+    answer_log_probs,
     dpo_loss,
     ipo_loss,
     kto_loss,
     log_odds,
     mismatched,
     orpo_loss,
+    parted,
     precompute_reference,
 )
 
@@ -266,14 +274,15 @@ def test_a_reference_computed_beforehand_is_that_of_the_adapters() -> None:
 
 def test_the_kl_of_kto_is_of_answers_behind_other_prompts() -> None:
     model, rows = adapted(), answers("kto")
-    pairs = [targeted(row) for row in mismatched([rows], 256)]
+    parts = [parted(*row) for row in zip(rows.tokens, rows.targets, strict=True)]
+    pairs = [targeted(row) for row in mismatched(parts, parts[-1], 256)]
     for index, (tokens, targets) in enumerate(pairs):
         before = index - 1
         prompt = rows.tokens[index, : PROMPTS[index]].tolist()
         answer = rows.targets[before, PROMPTS[before] - 1 : ENDS[before]].tolist()
         assert tokens == (prompt + answer)[:-1]
         assert targets == [NO_TARGET] * (len(prompt) - 1) + answer
-    assert all(len(targeted(row)[0]) == 4 for row in mismatched([rows], 4)[:2])
+    assert all(len(targeted(row)[0]) == 4 for row in mismatched(parts, parts[-1], 4)[:2])
     gained = []
     for tokens, targets in pairs:
         inputs, wanted = TransformerInput(torch.tensor([tokens])), torch.tensor([targets])
@@ -287,6 +296,27 @@ def test_the_kl_of_kto_is_of_answers_behind_other_prompts() -> None:
         answers("kto", seed=3)
     )  # here the estimate is below 0, where no divergence is
     assert objective.kl == 0.0
+
+
+def kl_of_ranks() -> tuple[float, int]:
+    """The KL estimate of a rank that has half of the rows, and the calls that it takes."""
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    objective = replace(preference(adapted(), "kto"), ranks=ranks)
+    with mock.patch.object(preferences, "answer_log_probs", wraps=answer_log_probs) as call:
+        objective.prepare(list(answers("kto").micro_batches(2))[ranks.rank])
+    return objective.kl, call.call_count
+
+
+def test_the_kl_of_kto_is_that_of_all_ranks(tmp_path, monkeypatch) -> None:
+    objective, batch = preference(adapted(), "kto"), answers("kto")
+    objective.prepare(batch)
+    # With this limit, the ranks would have different numbers of batches.
+    monkeypatch.setattr(preferences, "BATCH_TOKENS", 28)
+    (kl, calls), other = run_ranks(kl_of_ranks, 2, tmp_path)
+    assert kl == pytest.approx(objective.kl, rel=1e-6) and kl > 0
+    assert other == (kl, calls), "ranks that divide a model wait for each other in every call"
+    halves = [objective.evaluate([half]) for half in batch.micro_batches(2)]
+    assert sum(halves, Score()).loss == objective.evaluate([*batch.micro_batches(2)]).loss
 
 
 @pytest.mark.parametrize("kind", KINDS)

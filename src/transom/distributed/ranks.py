@@ -252,6 +252,11 @@ class Ranks:
             dist.all_gather_object(values, value, group)
         return values
 
+    def each_share(self, value: T) -> list[T]:
+        """Return a value of each share of a batch, in the order of the rows."""
+        values = dict(self.each((self.row_rank, value)))
+        return [values[rank] for rank in range(self.row_ranks)]
+
     def _reduce(self, tensor: Tensor, name: str) -> None:
         if self.world_size > 1:
             dist.all_reduce(tensor, group=None if self.meshes is None else self.meshes.group(name))

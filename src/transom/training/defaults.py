@@ -92,8 +92,7 @@ def choose_rows(
         size = -(-size // shares) * shares
     size = min(size, max(rows // shares, 1) * shares)
     # kto compares every answer with that of another row.
-    fits = objective != "kto" or size >= 2 * ranks
-    expect(fits, "data.batch_size", size, "2 or more on each rank with kto")
+    expect(objective != "kto" or size > 1, "data.batch_size", size, "2 or more with kto")
     steps = args.steps if epochs is None else steps_of(rows, size, epochs)
     chosen = {
         f"data.batch_size = {size}": size != batch_size,

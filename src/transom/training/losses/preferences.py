@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -160,12 +161,9 @@ class Preference(Objective):
             check_frozen_base(self.model, f"finetune.objective: got {self.kind!r}")
 
     def prepare(self, batch: Batch) -> Batch:
-        """Estimate the KL of kto from the whole step, so that micro-batches do not change it."""
+        """Estimate the KL of kto from the whole step, so that its division does not change it."""
         if self.kind == "kto":
-            gains_B = self._mismatched_gains([batch])
-            sums = torch.stack((gains_B.sum(), torch.ones_like(gains_B).sum()))
-            self.ranks.sum(sums)
-            self.kl = max(0.0, float(sums[0] / sums[1]))
+            self.kl = self._kl_estimate(batch, self.ranks)
         return batch
 
     def units(self, batch: Batch) -> Tensor:
@@ -184,14 +182,11 @@ class Preference(Objective):
         `accuracy` is the share with a margin above 0. The `margin` of a pair is how much more the
         log-probability of the chosen answer has grown than that of the other, relative to the
         reference, times beta; with orpo the log of their odds ratio; with kto how far an answer is
-        on its right side of the KL estimate.
+        on its right side of the KL estimate, which is that of its batch.
         """
-        sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-        count, kl = 0, 0.0
-        batches = [batch.to(self.model.device) for batch in items]
-        if self.kind == "kto" and batches:
-            kl = max(0.0, float(self._mismatched_gains(batches).mean()))
-        for batch in batches:
+        sums, count = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}, 0
+        for batch in (batch.to(self.model.device) for batch in items):
+            kl = self._kl_estimate(batch) if self.kind == "kto" else 0.0
             policy_BT = measured_log_probs(self.model, batch.inputs(), batch.targets, self.chunk)
             compared = self._compare(policy_BT, batch, kl)
             count += len(compared["loss"])
@@ -251,37 +246,59 @@ class Preference(Objective):
             raise RequestError(f"reference: {what}; expected one for every row")
         return torch.tensor([self.reference[key] for key in keys])
 
-    def _mismatched_gains(self, batches: Sequence[Batch]) -> Tensor:
-        """Return how much the log-probability of each answer after another prompt has grown [B]."""
-        rows = mismatched(batches, self.model.args.max_seq_len)
-        expect(len(rows) > 1, "rows", len(rows), "2 or more on each rank with kto")
+    def _kl_estimate(self, batch: Batch, ranks: Ranks = ALONE) -> float:
+        """Return the mean gain of all answers of `ranks` after other prompts, at least 0.
+
+        It does not depend on their number: each prompt gets the answer of the row before it in the
+        batch of all ranks.
+        """
+        rows = [parted(*row) for row in zip(batch.tokens.cpu(), batch.targets.cpu(), strict=True)]
+        count = len(rows) * ranks.row_ranks
+        expect(count > 1, "rows", count, "2 or more with kto")
+        before = ranks.each_share(rows[-1])[ranks.row_rank - 1]
+        chats = mismatched(rows, before, self.model.args.max_seq_len)
+        # Ranks that call the model together do so equally often.
+        longest = ranks.largest(max(len(chat.ids) for chat in chats))
         gains = []
-        for group in batches_by_length([len(row.ids) for row in rows], BATCH_TOKENS):
-            batch = padded_batch([(rows[at],) for at in group]).to(self.model.device)
-            policy_B = answer_log_probs(self.model, batch, self.chunk)
-            gains.append(policy_B - self._reference(batch))
-        return torch.cat(gains)
+        for group in batches_by_length([longest] * len(chats), BATCH_TOKENS):
+            other = padded_batch([(chats[at],) for at in group]).to(self.model.device)
+            policy_B = answer_log_probs(self.model, other, self.chunk)
+            gains.append(policy_B - self._reference(other))
+        total = torch.cat(gains).sum()
+        ranks.sum(total)
+        return max(0.0, float(total) / count)
 
 
-def mismatched(batches: Iterable[Batch], most: int) -> list[EncodedChat]:
-    """Return each prompt with the answer of the row before it, with at most `most` input tokens.
+class Parted(NamedTuple):
+    """A row without padding: its prompt, its answer, and which tokens of the answer are targets.
 
     An answer begins with the first target; all later turns belong to it.
     """
-    prompts, answers = [], []
-    for tokens_T, targets_T in (
-        row
-        for batch in batches
-        for row in zip(batch.tokens.cpu(), batch.targets.cpu(), strict=True)
-    ):
-        places = (targets_T != NO_TARGET).nonzero().flatten()
-        first, stop = int(places[0]), int(places[-1]) + 1
-        prompts.append(tokens_T[: first + 1])
-        ids_T = torch.cat((tokens_T[first + 1 : stop], targets_T[stop - 1 : stop]))
-        answers.append((ids_T, targets_T[first:stop] != NO_TARGET))
-    rows = []
-    for prompt_T, (answer_T, trained_T) in zip(prompts, answers[-1:] + answers[:-1], strict=True):
-        ids_T = torch.cat((prompt_T, answer_T))[: most + 1]
-        weights_T = torch.cat((torch.zeros(len(prompt_T)), trained_T.float()))[: most + 1]
-        rows.append(EncodedChat("", ids_T.int().numpy(), weights_T.numpy()))
-    return rows
+
+    prompt_T: Tensor
+    answer_T: Tensor
+    trained_T: Tensor
+
+
+def parted(tokens_T: Tensor, targets_T: Tensor) -> Parted:
+    """Return the parts of a row."""
+    places = (targets_T != NO_TARGET).nonzero().flatten()
+    first, stop = int(places[0]), int(places[-1]) + 1
+    answer_T = torch.cat((tokens_T[first + 1 : stop], targets_T[stop - 1 : stop]))
+    return Parted(tokens_T[: first + 1], answer_T, targets_T[first:stop] != NO_TARGET)
+
+
+def mismatched(rows: Sequence[Parted], before: Parted, most: int) -> list[EncodedChat]:
+    """Return each prompt with the answer of the row before it, with at most `most` input tokens.
+
+    Args:
+        rows: The rows.
+        before: The row before the first one.
+        most: The most input tokens.
+    """
+    chats = []
+    for row, other in zip(rows, (before, *rows), strict=False):
+        ids_T = torch.cat((row.prompt_T, other.answer_T))[: most + 1]
+        weights_T = torch.cat((torch.zeros(len(row.prompt_T)), other.trained_T.float()))[: most + 1]
+        chats.append(EncodedChat("", ids_T.int().numpy(), weights_T.numpy()))
+    return chats

@@ -384,6 +384,12 @@ RUNS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], dict[str, int]]] =
     "single answers": (judged, {"objective": "kto"}, {"shard": 2}),
     "preferences": (preferences, {"objective": "dpo"}, {"tensor": 2}),
     "new rows": (chats, {"method": "full", "new_tokens": ["<|x|>"]}, {"shard": 2}),
+    "new rows of an adapter": (chats, {"new_tokens": ["<|x|>"]}, {"tensor": 2}),
+    "replaced weights": (
+        chats,
+        {"lora": {"rank": 4, "targets": ["wq"], "modules_to_save": ["norm", "output", "wo"]}},
+        {"shard": 2},
+    ),
     "scored before": (preferences, {"method": "full", "objective": "dpo"}, {"shard": 2}),
     "norms of codes": (
         chats,

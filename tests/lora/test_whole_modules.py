@@ -95,6 +95,16 @@ def test_the_base_keeps_its_dtype_beside_wide_copies():
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
+def test_an_adapter_whose_base_was_dropped_stays_on():
+    model = apply_lora(random_model(tiny_args()), LoraArgs(rank=1, modules_to_save=("norm",)))
+    logits = logits_of(model, TOKENS)
+    for _, _, adapters in adapted_modules(model):
+        adapters.drop_replaced()
+    with pytest.raises(RequestError, match="modules_to_save: got 'norm'; expected"):
+        activate_adapters(model, ())
+    assert far(logits_of(model, TOKENS), logits) == 0
+
+
 def test_a_saved_model_has_one_dtype():
     model = apply_lora(
         random_model(tiny_args()).bfloat16(), LoraArgs(rank=1, modules_to_save=("output",))

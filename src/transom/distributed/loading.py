@@ -16,6 +16,7 @@ from transom.config.model_args import ModelArgs
 from transom.distributed.mesh import Meshes
 from transom.distributed.parallelize import parallelize
 from transom.distributed.parts import copy_full
+from transom.lora.adapters import tie_replacements
 from transom.models.llm import LLM
 
 Tensors = dict[str, Tensor]
@@ -81,6 +82,7 @@ def read_parts(
     """
     every = dict(model.named_modules())
     parallelize(model, meshes).to_empty(device=device)
+    tie_replacements(model)
     own, left = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
     by_module: dict[str, list[TensorGroup]] = {path: [] for path in every}
     for name, group in weights.items():

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree
 
-from transom.base.errors import expect, notice
+from transom.base.errors import notice
 from transom.base.runtime import give_back_freed_memory
 from transom.distributed.expert_parallel import divide_experts
 from transom.distributed.mesh import Meshes
@@ -18,7 +18,6 @@ from transom.distributed.tensor_parallel import divide_tensors
 from transom.layers.inputs import TransformerOutput
 from transom.layers.moe import MoE, RouterStatistics
 from transom.lora.adapters import adapted_modules
-from transom.lora.weights import Replacement
 from transom.models.llm import LLM
 
 
@@ -43,9 +42,8 @@ def parallelize(model: LLM, meshes: Meshes) -> LLM:
     """
     args = meshes.args
     args.check_model(model.args)
-    for path, _, adapters in adapted_modules(model) if args.divides_model else ():
-        replaced = any(isinstance(part, Replacement) for part in adapters.values())
-        expect(not replaced, "adapter", path, "no modules_to_save where ranks divide the model")
+    for _, _, adapters in adapted_modules(model) if args.divides_model else ():
+        adapters.drop_replaced()  # no module has them, so nothing would divide them
     # 1. Layers: the rest divides those of this rank's stage.
     if args.pipeline > 1:
         divide_layers(model, meshes.groups["pipeline"])

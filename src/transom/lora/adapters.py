@@ -52,6 +52,12 @@ class Adapters(nn.ModuleDict):
         parts = [self.lora(name) for name in self.active]
         return [part for part in parts if part is not None]
 
+    def drop_replaced(self) -> None:
+        """Keep only the dtypes of replaced parameters: the active replacement stays."""
+        self.replaced = {
+            key: nn.Parameter(own.new_empty(0), False) for key, own in self.replaced.items()
+        }
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapters:
         """Move and cast replaced parameters along with the model."""
         for key, own in self.replaced.items():
@@ -195,14 +201,19 @@ def activate_adapters(model: nn.Module, names: Collection[str]) -> None:
     """Use exactly these adapters from now on, summed in this order; no name turns all off.
 
     Raises:
-        RequestError: a name is unknown, adapters are merged, or one of several replaces parameters
-            of a module that another one changes too.
+        RequestError: a name is unknown, adapters are merged, one of several replaces parameters of
+            a module that another one changes too, or replaced parameters were dropped.
     """
     for name in names:
         _check_known(model, name)
     refuse_merged(model, f"adapters {list(names)} cannot be chosen")
     for path, _, adapters in adapted_modules(model):
         _check_sum(path, [name for name in names if name in adapters], adapters)
+        complete = all(own.numel() for own in adapters.replaced.values())
+        expected = (
+            "no other choice of adapters, since ranks have no parts of the weights it replaces"
+        )
+        expect(complete, "modules_to_save", path, expected)
     for _, module, adapters in adapted_modules(model):
         adapters.active = tuple(dict.fromkeys(name for name in names if name in adapters))
         _replace(module, adapters)
@@ -230,6 +241,17 @@ def _replace(module: nn.Module, adapters: Adapters) -> None:
         for key, parameter in part.named_parameters() if isinstance(part, Replacement) else ():
             adapters.replaced[key] = module.get_parameter(key)
             module._parameters[key] = parameter
+
+
+def tie_replacements(model: nn.Module) -> None:
+    """Let active replacements have the parameters of their modules.
+
+    `nn.Module.to_empty` makes two parameters of one that two modules have.
+    """
+    for _, module, adapters in adapted_modules(model):
+        for name in adapters.active if adapters.replaced else ():
+            for key in adapters.replaced:
+                adapters[name]._parameters[key] = module._parameters[key]
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

@@ -83,7 +83,9 @@ def save_adapter(
     for path, _, adapters in adapted_modules(model):
         part = adapters._modules.get(name)
         if weights is not None and part is not None:
-            part = _with_weights(part, f"{path}.lora.{name}", weights)
+            # The parameters of an active replacement have the names of those that they replace.
+            place = path if isinstance(part, Replacement) else f"{path}.lora.{name}"
+            part = _with_weights(part, place, weights)
         if isinstance(part, LoraWeights):
             lora[path] = part
         elif isinstance(part, Replacement):

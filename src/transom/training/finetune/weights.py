@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
@@ -157,11 +158,13 @@ def leaf_maker(finetune: FinetuneArgs, seed: int, device: torch.device) -> MakeM
     generator = torch.Generator().manual_seed(seed)
 
     def make(path: str, module: nn.Module, read: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not isinstance(module, LEAVES):
-            return read
         made, adapters = dict(read), module._modules.get("lora")
+        replaced = adapters.replaced if isinstance(adapters, Adapters) else {}
+        if not isinstance(module, LEAVES):
+            return with_replacements(made, replaced)
         if "weight" in read:
-            dtype = module.dtype if isinstance(module, Quantized) else module.weight.dtype
+            own = module if isinstance(module, Quantized) else replaced.get("weight", module.weight)
+            dtype = own.dtype
             weight = read["weight"].to(device if not read["weight"].is_meta else "meta", dtype)
             if isinstance(module, Quantized):
                 assert finetune.quantize is not None, "else the files have the codes"
@@ -170,6 +173,8 @@ def leaf_maker(finetune: FinetuneArgs, seed: int, device: torch.device) -> MakeM
                 made |= rounded_parts(weight, module.format, finetune.quantize)
             else:
                 made["weight"] = weight = with_rows(weight, len(module.weight))
+        if replaced:
+            return with_replacements(made, replaced)
         if isinstance(adapters, Adapters):
             if isinstance(module, Quantized):
                 parts = {name: made[name] for name in module.part_names}
@@ -179,6 +184,17 @@ def leaf_maker(finetune: FinetuneArgs, seed: int, device: torch.device) -> MakeM
         return made
 
     return make
+
+
+def with_replacements(made: dict[str, Tensor], replaced: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the parameters of a module with those of its adapter, which begin as they are.
+
+    Args:
+        made: The parameters.
+        replaced: Those that the adapter replaces, whose values are not read.
+    """
+    rounded = {key: made[key].to(own.dtype) for key, own in replaced.items()}
+    return made | rounded | {f"lora.{ADAPTER}.{key}": one for key, one in rounded.items()}
 
 
 def dated(template: ChatTemplate | None, args: TrainArgs) -> tuple[ChatTemplate | None, TrainArgs]:

@@ -30,6 +30,7 @@ NAMES = (
     "options",
     "muon",
     "parallel",
+    "ring_attention",
     "finetune",
     "objectives",
     "policy",

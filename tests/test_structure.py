@@ -84,7 +84,7 @@ def test_every_dependency_has_its_reason():
 # Code lines of each room. Lower a ceiling when a room shrinks; explain a higher one in the commit.
 CEILINGS = {
     "base": 824,
-    "config": 688,
+    "config": 698,
     "planning": 492,
     "attention": 703,
     "ops": 219,
@@ -97,12 +97,12 @@ CEILINGS = {
     "lora": 607,
     "chat": 896,
     "checkpoints": 4_981,
-    "distributed": 1_246,
+    "distributed": 1_310,
     "data": 2_197,
     "inference": 2_182,
     "evaluation": 1_371,
-    "training": 4_326,
-    "verify": 3_046,
+    "training": 4_333,
+    "verify": 3_050,
     "cli": 1_835,
 }
 

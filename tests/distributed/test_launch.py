@@ -19,6 +19,7 @@ from transom.distributed.ranks import Ranks
 from transom.training.loop.continuation import begun_by_this_launch
 
 TWO = ("--nproc", "2")
+RING = ("parallel.context=2", "parallel.context_ring=true")
 
 
 @pytest.fixture
@@ -45,6 +46,13 @@ def refused(tmp_path, capsys, monkeypatch):
         (["parallel.tensor=4"], "parallel.tensor: got 4; expected a divisor of 2, the greatest"),
         (["parallel.pipeline=4"], "parallel.pipeline: got 4; expected at most the 2 layers"),
         (["parallel.expert=4"], "parallel.expert: got 4; expected a divisor of the 1 experts"),
+        (["parallel.context_ring=true"], "parallel.context_ring: got True; expected false without"),
+        ([*RING, "model.sliding_window=8"], "parallel.context_ring: got True; expected false for"),
+        ([*RING, "device=cuda"], "dtype: got 'float32'; expected bfloat16 or float16 with"),
+        (
+            [*RING, "base=smollm2", "finetune.packing=true"],
+            "finetune.packing: got True; expected false with parallel.context_ring",
+        ),
         (["data.batch_size=6"], "data.batch_size: got 6; expected a multiple of"),
         (["accumulate=4"], "data.batch_size: got 8; expected a multiple of"),
         (["--nproc", "0"], "--nproc: got 0; expected 1 or more processes"),

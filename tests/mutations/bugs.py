@@ -80,6 +80,7 @@ BUGS: tuple[Bug, ...] = (
     Bug("mean of the means of ranks", "parallel", parallel_bugs.mean_of_means),
     Bug("gradient norm of one rank", "parallel", parallel_bugs.norm_of_one_rank),
     Bug("positions of one context rank", "parallel", parallel_bugs.positions_from_zero),
+    Bug("pieces of a row swapped", "parallel", parallel_bugs.pieces_swapped),
     Bug("outputs of experts to wrong tokens", "parallel", parallel_bugs.unsorted_return),
     Bug("gradients of tensor ranks apart", "parallel", parallel_bugs.own_gradients_of_norms),
     Bug("softmax of one tensor rank", "parallel", parallel_bugs.softmax_of_own_rows),

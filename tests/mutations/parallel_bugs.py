@@ -64,6 +64,18 @@ def positions_from_zero() -> AbstractContextManager[None]:
     return changed_everywhere(cut_rows, make)
 
 
+def pieces_swapped() -> AbstractContextManager[None]:
+    """A context rank has its later piece of a row first, which ring attention does not expect."""
+
+    def make(original: Call) -> Call:
+        def cut(batch: Batch, rank: int, ranks: int) -> Batch:
+            return original(batch, rank, ranks)._changed(lambda one: one.roll(one.size(1) // 2, 1))
+
+        return cut
+
+    return changed_everywhere(cut_rows, make)
+
+
 def unsorted_return() -> AbstractContextManager[None]:
     """Outputs of experts are sent back in the order of the experts instead of the ranks."""
 

@@ -15,7 +15,7 @@ class ParallelArgs:
     """The degree of each kind of parallelism. Their product, without `expert`, is the world size.
 
     Raises:
-        RequestError: If a degree is below 1, or `expert` does not divide `shard` x `context`.
+        RequestError: If a degree is below 1, or `context_ring` is given without `context`.
     """
 
     replicate: int = describe(
@@ -31,6 +31,9 @@ class ParallelArgs:
         1, "ranks that divide every matrix and the vocabulary, with the same rows", at_least=1
     )
     context: int = describe(1, "ranks that divide the tokens of each row", at_least=1)
+    context_ring: bool = describe(
+        False, "ring attention in place of gathered keys, for rows of one document"
+    )
     expert: int = describe(
         1, "ranks that divide the experts, out of the shard x context ranks", at_least=1
     )
@@ -40,6 +43,8 @@ class ParallelArgs:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        fits = self.context > 1 or not self.context_ring
+        expect(fits, "context_ring", self.context_ring, "false without context above 1")
 
     @property
     def rows(self) -> int:
@@ -102,6 +107,14 @@ class ParallelArgs:
             expect(count % self.expert == 0, "parallel.expert", self.expert, expected)
             expected = "1 with parallel.expert: experts are not divided twice"
             expect(self.tensor == 1, "parallel.tensor", self.tensor, expected)
+        if self.context_ring:
+            plain = all(
+                (one.rule.kind, one.attn_softcap, one.attn_sinks, one.mla)
+                == ("causal", None, False, None)
+                for one in model.layers
+            )
+            expected = "false for windows, chunks, full or latent attention, soft caps or sinks"
+            expect(plain, "parallel.context_ring", True, expected)
         unusual = {
             "qk_norm = projection": any(one.qk_norm == "projection" for one in model.layers),
             "context_dim": model.context_dim is not None,

@@ -2,7 +2,8 @@
 
 Each rank computes its own queries. Keys, values, positions and documents of all tokens are
 gathered, so that every mask rule and every attention backend works; gradients of keys and values
-are added up and scattered (Llama 3, arXiv 2407.21783, section 3.3.2).
+are added up and scattered (Llama 3, arXiv 2407.21783, section 3.3.2). Jobs that `ring_attention`
+can do go there instead if the config says so.
 """
 
 from __future__ import annotations
@@ -18,18 +19,30 @@ from transom.attention.backends import Attend
 from transom.attention.mask import MaskSpec, positions_from_sizes, segments_from_sizes
 from transom.attention.view import CacheView, ScoreArgs
 from transom.data.batch import NO_TARGET, Batch
+from transom.distributed.ring_attention import ring
 
 
 @dataclass(frozen=True)
 class ContextAttend:
-    """`attend` of queries of this rank with keys and values of all ranks."""
+    """`attend` of queries of this rank with keys and values of all ranks, in calls of `cut_rows`.
+
+    Attributes:
+        attend: The attention backend.
+        mesh: The ranks that share a row.
+        ring: Whether to use ring attention for the jobs that it can do. A notice names the others.
+    """
 
     attend: Attend
     mesh: DeviceMesh
+    ring: bool = False
 
     def __call__(
         self, q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs, /
     ) -> Tensor:
+        if self.ring:
+            out_BTNH = ring(q_BTNH, view, spec, score, self.mesh.get_group())
+            if out_BTNH is not None:
+                return out_BTNH
         made: dict[int, Tensor] = {}  # keys and values may be one tensor
         for state in view.states:
             if id(state) not in made:

@@ -119,7 +119,8 @@ class Ranks:
         if self.meshes is None or not self.divides_rows:
             yield
             return
-        attend = ContextAttend(model.attend, self.meshes.groups["context"])
+        context, ring = self.meshes.groups["context"], self.meshes.args.context_ring
+        attend = ContextAttend(model.attend, context, ring)
         with replaced(model, "attend", attend):
             yield
 

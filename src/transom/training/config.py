@@ -200,6 +200,11 @@ class TrainArgs:
         self._expect(fits, "accumulate", f"a divisor of data.batch_size = {size}")
         fits = not self.short_rows or length % self.short_rows_split == 0
         self._expect(fits, "short_rows_split", f"a divisor of data.seq_len = {length}")
+        if self.parallel.context_ring:
+            packed = self.finetune is not None and self.finetune.packing is True
+            expect(not packed, "finetune.packing", True, "false with parallel.context_ring")
+            fits = self.dtype != "float32" or not self.device.startswith("cuda")
+            self._expect(fits, "dtype", "bfloat16 or float16 with parallel.context_ring on a GPU")
         fits = self.finetune is None or self.base is not None
         expect(fits, "finetune", "given", "null without base")
         if self.base is None:

@@ -57,6 +57,7 @@ TUNED: dict[str, tuple[str, QuantizeArgs | None]] = {
     "LoRA on NF4": ("llama", QuantizeArgs("nf4", group=32)),
 }
 # Gradients of the second step show whether the first one has moved all weights alike.
+RING = {"context_ring": True}
 MUON = {"optimizer": {"name": "muon", "muon_lr": 0.1, "max_grad_norm": None}}
 FOUR = {"accumulate": 4}
 
@@ -74,7 +75,7 @@ class RankCase:
     """
 
     name: str
-    degrees: Mapping[str, int]
+    degrees: Mapping[str, Any]
     models: Sequence[str] = tuple(MODELS)
     run: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
@@ -93,6 +94,8 @@ LAYOUTS = (
     RankCase("FSDP x tensor", {"shard": 2, "tensor": 2}),
     RankCase("context", {"context": 4}),
     RankCase("FSDP x context", {"shard": 2, "context": 2}),
+    RankCase("context, ring", {"context": 4, **RING}, FEW),
+    RankCase("FSDP x context, ring", {"shard": 2, "context": 2, **RING}, FEW),
     RankCase("context x tensor", {"context": 2, "tensor": 2}),
     RankCase("FSDP x tensor, Muon", {"shard": 2, "tensor": 2}, FEW, MUON),
     RankCase("FSDP x expert, Muon", {"shard": 4, "expert": 2}, ("experts",), MUON),
@@ -189,6 +192,8 @@ def _steps(layout: RankCase, name: str, ranks: Ranks) -> list[dict[str, Tensor]]
     if ranks.meshes is not None:
         parallelize(model, ranks.meshes)
     batches = _Rows(1000, ROWS, ranks.row_rank, ranks.row_ranks)
+    if "context_ring" in layout.degrees:
+        batches.documents = ((LENGTH,),)
     data = RunData(batches, {}, ROWS)
     parts: Any = RunParts(model, None, data, NextToken(model), None)  # type: ignore[arg-type]
     stepper = _Recorder(args, parts, RunFolder("verify"), ranks, torch.float32)
@@ -224,11 +229,12 @@ _RUN: dict[str, Any] = {
     "dtype": "float32",
     "optimizer": {"name": "adamw", "max_grad_norm": None},
 }
-_DOCUMENTS = ((5, 11), (16,), (3, 3, 10), (8, 8))
 
 
 class _Rows(Batches):
     """Rows of random tokens in documents, each with another number of targets."""
+
+    documents: Sequence[tuple[int, ...]] = ((5, 11), (16,), (3, 3, 10), (8, 8))
 
     def _load(self, places: Sequence[tuple[int, int]]) -> Batch:
         rows = []
@@ -239,7 +245,7 @@ class _Rows(Batches):
         targets_BT = window_BT[:, 1:].clone()
         for row, (_, item) in enumerate(places):
             targets_BT[row, : 3 * (item % 5)] = NO_TARGET
-        sizes = tuple(_DOCUMENTS[item % len(_DOCUMENTS)] for _, item in places)
+        sizes = tuple(self.documents[item % len(self.documents)] for _, item in places)
         return Batch(window_BT[:, :-1].clone(), targets_BT, sizes=sizes)
 
     def largest(self, micro_batches: int) -> Batch:

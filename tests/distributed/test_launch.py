@@ -11,11 +11,13 @@ import torch
 
 from tests.distributed.processes import ROOT, environment, losses, run, words
 from tests.distributed.ranks import run_ranks
-from transom.base.errors import notice
+from transom.base.errors import RequestError, notice
 from transom.base.processes import launch_id
 from transom.cli.main import main
+from transom.config.parallel_args import ParallelArgs
 from transom.distributed import launch as launch_module
 from transom.distributed.ranks import Ranks
+from transom.training.finetune.args import FinetuneArgs
 from transom.training.loop.continuation import begun_by_this_launch
 
 TWO = ("--nproc", "2")
@@ -37,6 +39,27 @@ def refused(tmp_path, capsys, monkeypatch):
 
     words(tmp_path)
     return refused
+
+
+DPO = {"objective": "dpo"}
+
+
+@pytest.mark.parametrize(
+    ("finetune", "degrees", "message"),
+    [
+        (DPO, {"context": 2}, "parallel.context: got 2; expected 1 with finetune.objective = dpo"),
+        (DPO, {"pipeline": 2}, "parallel.pipeline: got 2; .* and an adapter, whose reference"),
+        ({"objective": "grpo", "beta": 0.1}, {"pipeline": 2}, "parallel.pipeline: got 2; .*grpo"),
+        ({**DPO, "method": "full"}, {"pipeline": 2}, None),
+        ({"objective": "sft"}, {"pipeline": 2, "context": 2}, None),
+    ],
+)
+def test_ranks_that_would_change_an_objective_are_refused(finetune, degrees, message):
+    args = FinetuneArgs(**finetune)
+    with (
+        contextlib.nullcontext() if message is None else pytest.raises(RequestError, match=message)
+    ):
+        args.check_ranks(ParallelArgs(**degrees))
 
 
 @pytest.mark.parametrize(

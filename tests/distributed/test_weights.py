@@ -16,7 +16,13 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks import parallel
 from tests.distributed.ranks import run_ranks
-from tests.training.finetune.runs import base_folder, chats, judged, preferences, run_args
+from tests.training.finetune.runs import (
+    base_folder,
+    chats,
+    judged,
+    preferences,
+    run_args,
+)
 from transom.base.errors import RequestError
 from transom.base.runtime import memory_bytes, reset_peak_memory, resident_bytes
 from transom.checkpoints.load import load
@@ -383,6 +389,11 @@ RUNS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], dict[str, int]]] =
     "adapter beside codes": (chats, {"quantize": {"kind": "nf4", "group": 0}}, {"tensor": 2}),
     "single answers": (judged, {"objective": "kto"}, {"shard": 2}),
     "preferences": (preferences, {"objective": "dpo"}, {"tensor": 2}),
+    "teacher": (
+        chats,
+        {"objective": "distill", "method": "full", "teacher": "large"},
+        {"context": 2},
+    ),
     "new rows": (chats, {"method": "full", "new_tokens": ["<|x|>"]}, {"shard": 2}),
     "new rows of an adapter": (chats, {"new_tokens": ["<|x|>"]}, {"tensor": 2}),
     "replaced weights": (
@@ -406,6 +417,8 @@ def fine_tuned(folder: Path, out: str, divided: bool) -> dict[str, list[float]]:
         meshes = Meshes.make(ParallelArgs(**degrees), "cpu") if divided else None
         data = folder / f"{rows.__name__}.jsonl"
         words = (f"out={folder / out / rows.__name__}", "dtype=float32")
+        if "teacher" in finetune:
+            words += (f"finetune.teacher={folder / 'large'}",)
         args = run_args(folder, folder / "base", data, *words, **finetune)
         trainer = open_run(args, quiet=True, overwrite=True, meshes=meshes)
         losses = [trainer.step().loss, trainer.step().loss]
@@ -417,6 +430,7 @@ def fine_tuned(folder: Path, out: str, divided: bool) -> dict[str, list[float]]:
 @pytest.mark.slow
 def test_fine_tuning_on_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     base_folder(tmp_path / "base")
+    base_folder(tmp_path / "large", n_layers=3)
     for rows in {rows for rows, _, _ in RUNS.values()}:
         rows(tmp_path / f"{rows.__name__}.jsonl")
     alone = fine_tuned(tmp_path, "alone", False)

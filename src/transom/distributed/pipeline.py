@@ -143,7 +143,7 @@ class Stage:
         Outside of `run`, the result is that of the last stage, with the statistics of this one.
         """
         running = self._compute is not None
-        assert running or not torch.is_grad_enabled(), "gradients are computed in `run`"
+        assert running == torch.is_grad_enabled(), "gradients are computed in `run`, and no others"
         h_BTD, router = LLM.run_layers(self.model, h_BTD, step, cache)
         if running:
             return h_BTD, router

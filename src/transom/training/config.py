@@ -235,12 +235,14 @@ class TrainArgs:
         expect(context is None, "model.context_dim", context, "null: rows are text")
 
     def check_ranks(self, parallel: ParallelArgs, model: ModelArgs | None = None) -> None:
-        """Refuse ranks that the batch or the model cannot be divided over.
+        """Refuse ranks that the batch, the model or the objective cannot be divided over.
 
         Args:
             parallel: The degrees, with a number for `shard`.
             model: The model of `base`, if it is known.
         """
+        if self.finetune is not None:
+            self.finetune.check_ranks(parallel)
         model = self.model_args(vocab_size=None) if self.base is None else model
         size = self.data.batch_size
         if model is not None:

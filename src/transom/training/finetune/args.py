@@ -13,6 +13,7 @@ from typing import Literal
 
 from transom.base.errors import expect, require
 from transom.base.fields import check_bounds, describe
+from transom.config.parallel_args import ParallelArgs
 from transom.data.chat.conversations import ExampleKind
 from transom.lora.args import LoraArgs
 from transom.quantize.args import QuantizeArgs
@@ -153,6 +154,18 @@ class FinetuneArgs:
         if self.beta is not None:
             return self.beta
         return 0.0 if self.objective == "grpo" else 0.1
+
+    def check_ranks(self, parallel: ParallelArgs) -> None:
+        """Refuse ranks that would change the loss of the objective."""
+        with_name = f"1 with finetune.objective = {self.objective}"
+        fits = parallel.context == 1 or self.objective in ("sft", "distill")
+        expected = f"{with_name}, which compares whole answers"
+        expect(fits, "parallel.context", parallel.context, expected)
+        # The last stage calls the model without its adapters, and the other ones compute with them.
+        refers = self.objective in ("dpo", "ipo", "kto", "grpo") and self.strength > 0
+        fits = parallel.pipeline == 1 or not refers or self.method == "full"
+        expected = f"{with_name} and an adapter, whose reference is the base"
+        expect(fits, "parallel.pipeline", parallel.pipeline, expected)
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -52,7 +52,7 @@ def finetune_objective(
         assert finetune.teacher is not None, "FinetuneArgs checks it"
         tokenizer.check_same_tokens(load_tokenizer(finetune.teacher), "teacher")
         teacher = load(finetune.teacher, str(model.device), dtype_name(dtype))
-        return Distillation(model, teacher, finetune, chunk)
+        return Distillation(model, teacher, finetune, chunk, ranks)
     reference = None
     if finetune.method == "full" and finetune.objective in ("dpo", "ipo"):
         assert data.train is not None, "rows of pairs"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from transom.base.errors import RequestError, expect, notice
 from transom.data.batch import NO_TARGET, Batch
+from transom.distributed.ranks import ALONE, Ranks
 from transom.evaluation.score import Score
 from transom.layers.inputs import TransformerOutput
 from transom.models.llm import LLM
@@ -90,6 +91,7 @@ class Distillation(Objective):
         teacher: The teacher.
         args: `temperature` of both distributions, `alpha` and `reverse`.
         chunk: Positions whose logits are computed at a time, see `head_loss`.
+        ranks: The ranks of the run.
 
     Raises:
         RequestError: If the teacher has a head or is the student.
@@ -99,6 +101,7 @@ class Distillation(Objective):
     teacher: LLM
     args: FinetuneArgs
     chunk: int | None = None
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         head = self.teacher.args.head
@@ -113,7 +116,7 @@ class Distillation(Objective):
 
     def loss(self, output: TransformerOutput, micro: Batch, units: Tensor) -> dict[str, Tensor]:
         """Return the weighted sum over targets, with its parts `kl` and `nll`."""
-        with torch.no_grad():
+        with torch.no_grad(), self.ranks.gathering(self.teacher):
             teacher_BTD = self.teacher(replace(micro.inputs(), logits="none")).hidden_BTD
         found = self.compare(output.hidden_BTD, teacher_BTD, micro.targets, micro.weights)
         parts = {"kl": found.kl.detach() / units, "nll": found.nll.detach() / units}

@@ -20,8 +20,10 @@ from tests.training.finetune.runs import (
     base_folder,
     chats,
     judged,
+    letters,
     preferences,
     run_args,
+    solved,
 )
 from transom.base.errors import RequestError
 from transom.base.runtime import memory_bytes, reset_peak_memory, resident_bytes
@@ -42,6 +44,7 @@ from transom.models.llm import LLM
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.methods import quantize_model
 from transom.training.loop.setup import open_run
+from transom.training.loop.step import Stepper
 from transom.training.losses.cross_entropy import head_loss
 from transom.training.losses.log_probs import target_log_probs
 from transom.training.optim import muon
@@ -437,6 +440,45 @@ def test_fine_tuning_on_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     for share in run_ranks(fine_tuned, 2, tmp_path, tmp_path, "ranks", True):
         for name, numbers in share.items():
             assert numbers == pytest.approx(alone[name], abs=1e-4), name
+
+
+SAMPLING = {"objective": "grpo", "method": "full", "group": 2, "answer_tokens": 16}
+
+
+def sampled_step(folder: Path, degrees: dict[str, int] | None) -> dict[str, Tensor]:
+    """Return the loss and the gradients of a step of GRPO, whose answers end after 1 to 16 tokens."""
+    meshes = None if degrees is None else Meshes.make(ParallelArgs(**degrees), "cpu")
+    words = (f"out={folder / 'run'}", "data.batch_size=2", "accumulate=2")
+    words = words if meshes is None or meshes.size("rows") == 1 else words[:2]
+    reward = {"reward": f"{letters.__module__}:{letters.__name__}"}
+    args = run_args(folder, folder / "base", folder / "solved.jsonl", *words, **SAMPLING, **reward)
+    trainer = open_run(args, quiet=True, overwrite=True, meshes=meshes)
+    vars(trainer.objective)["stop_tokens"] = range(0, 258, 5)
+    found, reduced = {}, Stepper._reduced_norm
+
+    def keep(stepper: Stepper) -> Tensor:
+        norm = reduced(stepper)
+        found.update(
+            {name: full_tensor(one.grad) for name, one in trainer.model.named_parameters()}
+        )
+        return norm
+
+    with mock.patch.object(Stepper, "_reduced_norm", keep):
+        result = trainer.step()
+    trainer.run.release()
+    return {"loss": torch.tensor(result.loss), **found}
+
+
+@pytest.mark.slow
+def test_a_step_of_grpo_on_ranks_is_that_of_one_process(tmp_path: Path) -> None:
+    base_folder(tmp_path / "base")
+    solved(tmp_path / "solved.jsonl")
+    alone = sampled_step(tmp_path, None)
+    for degrees in ({"replicate": 2, "shard": 1}, {"shard": 2}, {"tensor": 2}, {"pipeline": 2}):
+        (here := tmp_path / "-".join(degrees)).mkdir()
+        for found in run_ranks(sampled_step, 2, here, tmp_path, degrees):
+            right = {name: alone[name] for name in found}  # stages have their own weights
+            assert largest_difference(found, right)[0] < 1e-6, degrees
 
 
 def peak(folder: Path, finetune: dict[str, Any], degrees: dict[str, int]) -> int:

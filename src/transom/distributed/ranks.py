@@ -258,6 +258,18 @@ class Ranks:
         values = dict(self.each((self.row_rank, value)))
         return [values[rank] for rank in range(self.row_ranks)]
 
+    def pooled(self, items: Sequence[T]) -> tuple[list[T], slice]:
+        """Return the items of all ranks that call the model together, and where this rank's are.
+
+        Every rank has equally many.
+        """
+        group = 1 if self.meshes is None else self.row_ranks // self.meshes.args.replicate
+        place = self.row_rank % group
+        first = self.row_rank - place
+        shares = self.each_share(items)[first : first + group]
+        own = slice(place * len(items), (place + 1) * len(items))
+        return [item for share in shares for item in share], own
+
     def _reduce(self, tensor: Tensor, name: str) -> None:
         if self.world_size > 1:
             dist.all_reduce(tensor, group=None if self.meshes is None else self.meshes.group(name))

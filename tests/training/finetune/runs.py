@@ -81,6 +81,11 @@ def solved(path: Path) -> Path:
     return write_rows(path, [{"prompt": question, "answer": city} for question, city in pairs])
 
 
+def letters(answer: str, reference: Any) -> float:
+    """A reward: the share of letters and digits, which differs between answers."""
+    return sum(one.isalnum() for one in answer) / max(1, len(answer))
+
+
 def run_args(folder: Path, base: Path, data: Path, *overrides: str, **finetune: Any) -> TrainArgs:
     """A run of a second; `finetune` are fields of `FinetuneArgs`."""
     config: dict[str, Any] = {

@@ -190,7 +190,8 @@ class PolicyGradient(Objective):
     def prepare(self, batch: QuestionBatch) -> Batch:
         """Return the batch of sampled answers to the questions of a step, with their advantages."""
         questions = batch.answers
-        answers, rewards = self._answers(questions, batch.seeds, self.args.temperature)
+        asked = questions, batch.seeds
+        answers, rewards = self._answers(*asked, self.args.temperature, self.ranks)
         rewards_B = torch.tensor(rewards)
         rewards_QG = rewards_B.view(-1, batch.group)
         signals = (rewards_QG != rewards_QG[:, :1]).any(1).sum().to(self.ranks.device)
@@ -233,19 +234,29 @@ class PolicyGradient(Objective):
         return Score(-sums["reward"], len(items), unit="examples", sums=sums)
 
     def _answers(
-        self, questions: Sequence[Question], seeds: Sequence[int], temperature: float
+        self,
+        questions: Sequence[Question],
+        seeds: Sequence[int],
+        temperature: float,
+        ranks: Ranks = ALONE,
     ) -> tuple[list[SampledAnswer], list[float]]:
-        """Return a sampled answer to each question, and its reward."""
+        """Return a sampled answer to each question, and its reward.
+
+        Of `ranks`, those that call the model together sample all their answers alike: a rank whose
+        own answers end early would leave the others waiting.
+        """
+        prompts = [question.ids for question in questions]
+        asked, own = ranks.pooled([*zip(prompts, seeds, strict=True)])
         answers = sample_answers(
             self.model,
             self.tokenizer,
-            [question.ids for question in questions],
-            seeds,
+            [ids for ids, _ in asked],
+            [seed for _, seed in asked],
             answer_tokens=self.args.answer_tokens,
             temperature=temperature,
             stop_tokens=self.stop_tokens,
             dtype=self.dtype,
-        )
+        )[own]
         pairs = zip(questions, answers, strict=True)
         rewards = [self.reward(one.completion.text, row.reference, row.id) for row, one in pairs]
         return answers, rewards

@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,15 @@ from transom.base.errors import RequestError, expect, optional
 from transom.base.files import json_text, write_text
 from transom.cli.main import user_path
 from transom.cli.options import (
-    DEVICES,
-    DTYPES,
     MODEL,
+    add_fields,
     add_json,
-    add_keep_quantized,
     add_offloading,
-    add_revision,
+    add_opening,
     check_model,
     offloading,
     option,
+    read_fields,
     require_unset,
 )
 from transom.evaluation.eval_args import EvalArgs
@@ -38,7 +38,7 @@ WORDS = {
     "acc_bytes": "acc, per byte",
     "exact_match": "exact match",
 }
-FOR_DATA = ("window", "stride", "max_new_tokens", "stop", "extract", "ignore_case", "rows")
+FOR_DATA = ("window", "stride", "max_new_tokens", "stop", "extract", "ignore_case")
 FOR_TASKS = ("include_path", "num_fewshot", "apply_chat_template")
 OPENING = ("revision", "device", "dtype", "chat_template", "keep_quantized")
 
@@ -55,28 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--num-fewshot N", "with --tasks: examples before each question", int)
     what = "with --tasks: write prompts with the chat template"
     option(parser, "--apply-chat-template", what)
-    option(parser, "--limit N", "use only the first N documents or rows of each", int)
-    what = "for text: tokens of context (default: max_seq_len, 4096 at most)"
-    option(parser, "--window N", what, int)
-    option(parser, "--stride N", "for text: tokens between windows (default: half a window)", int)
-    what = "for answers: compare only the last match, or its group"
-    option(parser, "--extract REGEX", what)
-    option(parser, "--ignore-case", "for answers: ignore upper and lower case")
-    what = f"for answers: maximum number of new tokens (default: {EvalArgs.max_new_tokens})"
-    names = "-m --max-tokens --max-new-tokens"
-    option(parser, f"{names} N", what, int, dest="max_new_tokens")
-    what = "for answers: end before TEXT; may be repeated"
-    option(parser, "--stop TEXT", what, action="append", default=[])
+    add_fields(parser, EvalArgs, (*FOR_DATA, "batch_tokens", "limit"))
     what = "a built-in template, one of the folder, or a file"
     option(parser, "--chat-template NAME", what, user_path)
-    most = EvalArgs.batch_tokens
-    option(
-        parser, "--batch-tokens N", f"tokens per forward pass (default: {most})", int, default=most
-    )
-    add_revision(parser)
-    option(parser, "--device DEVICE", f"{DEVICES} (default: auto)", default="auto")
-    option(parser, "--dtype DTYPE", f"{DTYPES} (default: of the files)")
-    add_keep_quantized(parser)
+    add_opening(parser)
     add_offloading(parser)
     option(parser, "--out FILE", "write the results as JSON", user_path)
     option(
@@ -89,12 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Print a table of scores with their intervals, and write the files that were asked for."""
     check_arguments(options)
-    start = time.perf_counter()
+    start, args = time.perf_counter(), read_fields(options, EvalArgs)
     opening = {name: getattr(options, name) for name in OPENING}
-    opening["offload"] = offloading(options, tokens=options.batch_tokens)
-    document = (
-        run_data(options, opening) if options.tasks is None else run_harness(options, opening)
-    )
+    opening["offload"] = offloading(options, tokens=args.batch_tokens)
+    run_one = run_data if options.tasks is None else run_harness
+    document = run_one(options, args, opening)
     document["seconds"] = round(time.perf_counter() - start, 3)
     if options.out is not None:
         write_text(Path(options.out), json_text(document, indent=2))
@@ -109,9 +90,9 @@ def check_arguments(options: argparse.Namespace) -> None:
     if bool(options.data) == tasks:
         raise RequestError("--data, --tasks: got both or none; expected one of them")
     require_unset(options, tasks, "with --tasks", *FOR_TASKS)
-    require_unset(options, not tasks, "with --data", "compare", *FOR_DATA)
+    require_unset(options, not tasks, "with --data", "compare", "rows", *FOR_DATA)
     require_unset(options, options.compare is None, "with one model", "revision")
-    expect(all(options.stop), "--stop", "", "text of one character or more")
+    expect(all(options.stop or ()), "--stop", "", "text of one character or more")
     for name in options.compare or [options.model]:
         check_model(name)
     for flag, name in (("--out", options.out), ("--rows", options.rows)):
@@ -125,14 +106,12 @@ def check_arguments(options: argparse.Namespace) -> None:
 # -- local data ------------------------------------------------------------------------------------
 
 
-def run_data(options: argparse.Namespace, opening: Mapping[str, Any]) -> dict[str, Any]:
+def run_data(
+    options: argparse.Namespace, args: EvalArgs, opening: Mapping[str, Any]
+) -> dict[str, Any]:
     """Score one or two models on files; print and return the results."""
-    names = ("window", "stride", "extract", "ignore_case", "batch_tokens", "limit")
-    given = {name: getattr(options, name) for name in names}
-    if options.max_new_tokens is not None:
-        given["max_new_tokens"] = options.max_new_tokens
-    args = EvalArgs(**given, stop=tuple(options.stop), progress=sys.stderr.isatty())
-    data = open_data(options.data, options.limit)
+    args = replace(args, progress=sys.stderr.isatty())
+    data = open_data(options.data, args.limit)
     from transom.evaluation.suite import evaluate_models
 
     document, rows = evaluate_models(options.compare or [options.model], data, args, **opening)
@@ -143,7 +122,7 @@ def run_data(options: argparse.Namespace, opening: Mapping[str, Any]) -> dict[st
         print_report(document)
     else:
         print_comparison(document)
-    return {**document, "limit": options.limit}
+    return {**document, "limit": args.limit}
 
 
 def print_report(document: Mapping[str, Any]) -> None:
@@ -196,18 +175,20 @@ def difference_words(difference: Mapping[str, Any] | None) -> tuple[str, str, st
 # -- lm-evaluation-harness -------------------------------------------------------------------------
 
 
-def run_harness(options: argparse.Namespace, opening: Mapping[str, Any]) -> dict[str, Any]:
+def run_harness(
+    options: argparse.Namespace, args: EvalArgs, opening: Mapping[str, Any]
+) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness, print its table and return its results."""
     optional("lm_eval", "--tasks needs lm-evaluation-harness: pip install 'transom[lm_eval]'")
     from transom.evaluation.harness import TransomLM, run_tasks
 
-    model = TransomLM(options.model, batch_tokens=options.batch_tokens, **opening)
+    model = TransomLM(options.model, batch_tokens=args.batch_tokens, **opening)
     results, shown = run_tasks(
         model,
         [name.strip() for name in options.tasks.split(",") if name.strip()],
         include_path=options.include_path,
         num_fewshot=options.num_fewshot,
-        limit=options.limit,
+        limit=args.limit,
         apply_chat_template=options.apply_chat_template,
     )
     print(shown, flush=True)

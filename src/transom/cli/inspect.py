@@ -23,6 +23,7 @@ from transom.cli.options import (
     add_revision,
     offloading,
     option,
+    read_fields,
     require_unset,
 )
 from transom.config.presets import PRESETS
@@ -196,7 +197,7 @@ def run_memory(model: DescribedModel, options: argparse.Namespace) -> dict[str, 
         model,
         min(model.args.max_seq_len, MAX_CONTEXT) if options.context is None else options.context,
         1 if options.batch is None else options.batch,
-        decode=DecodeArgs(options.prefill_step_size, options.kv_bits),
+        decode=read_fields(options, DecodeArgs),
         device=options.device or "cpu",
         dtype=options.dtype,
         keep_quantized=options.keep_quantized,

@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from transom.checkpoints.files.hub import is_hub_id
 from transom.checkpoints.files.layout import ADAPTER_CONFIG
 from transom.cli.convert import FORMATS
 from transom.cli.main import user_path
-from transom.cli.options import DTYPES, option, require_unset
-from transom.lora.args import METHODS, CombineArgs
+from transom.cli.options import DTYPES, add_fields, option, read_fields, require_unset
+from transom.lora.args import CombineArgs
 from transom.planning.tables import heading, show, table
 
 USAGE = "ADAPTER [OUT], or BASE ADAPTER... OUT"
@@ -28,20 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ADAPTER, or ADAPTER OUT, or BASE ADAPTER ... OUT. ADAPTER is an adapter folder, its run, "
         "or a hub id. BASE is by default the base that the adapter names, OUT is ADAPTER-merged"
     )
-    method = (
-        "how several adapters are combined: linear (their sum, default), ties (arXiv 2306.01708) "
-        "or dare (arXiv 2311.03099)"
-    )
     data = (
         "text to measure on: a file, folder or glob (default: the held-out examples of the run, "
         "or else Python's language reference)"
     )
     option(parser, "FOLDER", folders, user_path, dest="folders", nargs="+")
-    parser.add_argument("--method", choices=METHODS, default="linear", help=method)
-    option(parser, "--weights X,X", "a factor for each adapter (default: 1)")
-    what = "ties, dare: share of the numbers to keep (default: 0.5)"
-    option(parser, "--density X", what, float)
-    option(parser, "--seed N", "dare: seed of the random choice (default: 0)", int)
+    add_fields(parser, CombineArgs, ("method", "density", "seed"))
+    option(parser, "--weights X,X", "a factor for each adapter (default: 1)", dest="factors")
     option(parser, "--data FILE", data, user_path)
     option(parser, "--tokens N", "number of tokens to measure on (default: 4096)", int)
     parser.add_argument("--format", choices=FORMATS, help="format of OUT (default: the base's)")
@@ -106,13 +100,10 @@ def combine_args(options: argparse.Namespace, count: int) -> CombineArgs:
     require_unset(
         options, drops or options.method == "ties", "with --method ties or dare", "density"
     )
-    given = {name: getattr(options, name) for name in ("density", "seed")}
-    given = {name: value for name, value in given.items() if value is not None}
-    words = options.weights.split(",") if options.weights is not None else ()
-    wrong = f"--weights: got {options.weights!r}; expected numbers as 0.7,0.3"
+    words = options.factors.split(",") if options.factors is not None else ()
+    wrong = f"--weights: got {options.factors!r}; expected numbers as 0.7,0.3"
     with explained(wrong, ValueError):
-        weights = tuple(map(float, words))
-    args = CombineArgs(options.method, weights, **given)
+        args = replace(read_fields(options, CombineArgs), weights=tuple(map(float, words)))
     args.weights_of(count)
     return args
 

@@ -13,7 +13,6 @@ from transom.base.fields import field_types, options_of, read
 from transom.checkpoints.files.hub import is_hub_id
 from transom.checkpoints.files.location import find_model
 from transom.cli.main import user_path
-from transom.inference.decode_args import DEFAULT
 
 if TYPE_CHECKING:
     from transom.inference.weight_streaming import Offload
@@ -25,6 +24,7 @@ DEVICES = "auto, cpu, cuda, cuda:N or mps"
 DTYPES = "float32, bfloat16, float16 or float64"
 ALIASES = {  # other names of flags
     "temperature": ("--temp",),
+    "max_new_tokens": ("-m", "--max-tokens"),
     "group": ("--group-size",),
     "bits_budget": ("--target-bpw",),
 }
@@ -59,6 +59,11 @@ def option(
 def add_model(parser: argparse.ArgumentParser, what: str = MODEL) -> None:
     """Add the options that say which model is opened and where: those of `opening`."""
     option(parser, "FOLDER", what, user_path)
+    add_opening(parser)
+
+
+def add_opening(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how a model is opened."""
     add_revision(parser)
     option(parser, "--device DEVICE", f"{DEVICES} (default: auto)", default="auto")
     option(parser, "--dtype DTYPE", f"{DTYPES} (default: that of the files)")
@@ -108,9 +113,8 @@ def require_unset(options: argparse.Namespace, unless: bool, where: str, *names:
     """
     for name in names:
         value = getattr(options, name)
-        unset = value is False or value in (None, [], getattr(DEFAULT, name, None))
-        flag = "max-tokens" if name == "max_new_tokens" else name.replace("_", "-")
-        require(unless or unset, f"--{flag}", value, f"valid only {where}")
+        unset = value is False or value in (None, [])
+        require(unless or unset, f"--{name.replace('_', '-')}", value, f"valid only {where}")
 
 
 def offloading(options: argparse.Namespace, **more: int) -> Offload | None:
@@ -136,7 +140,8 @@ def add_fields(
 ) -> None:
     """Add a flag for every field of a dataclass, or for some, with the field's help and default.
 
-    The flag of a list may be repeated. `defaults` are those that differ from the fields'.
+    The flag of a list may be repeated. `defaults` are those that differ from the fields'. A flag
+    that is not given is None, if it is no switch and not one of `defaults`.
     """
     for field in dataclasses.fields(cls):
         if only is not None and field.name not in only:
@@ -150,7 +155,7 @@ def add_fields(
         declared = options_of(field_types(cls)[field.name])[0]
         kind = declared if isinstance(declared, type) else str
         choices = get_args(declared) if get_origin(declared) is Literal else ()
-        word = "FILE" if field.metadata["path"] else "NAME"
+        word = "FILE" if field.metadata["path"] else "TEXT"
         several = isinstance(default, tuple)
         words = " ".join(default) if several else default
         words = f"{words:g}" if isinstance(words, float | int) else words
@@ -158,19 +163,19 @@ def add_fields(
             *names,
             dest=field.name,
             type=user_path if field.metadata["path"] else kind,
-            default=None if several else default,
+            default=defaults.get(field.name),
             action="append" if several else "store",
             metavar="|".join(choices) or {int: "N", str: word}.get(kind, "X"),
-            help=help + ("" if default is None else f" (default: {words})"),
+            help=help + ("" if default in (None, ()) else f" (default: {words})"),
         )
 
 
 def read_fields(options: argparse.Namespace, cls: type[T]) -> T:
-    """Return the dataclass from the flags that `add_fields` added.
+    """Return the dataclass from the flags that `add_fields` added for its fields, or for some.
 
     Raises:
         RequestError: A value is out of its bounds.
     """
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    given = {name: getattr(options, name) for name in names}
+    given = {name: getattr(options, name, None) for name in names}
     return read(cls, {name: value for name, value in given.items() if value is not None})

@@ -14,18 +14,23 @@ class EvalArgs:
     """Settings of an evaluation. The description of each field says what it does."""
 
     window: int | None = describe(
-        None, "text: tokens of context; null: max_seq_len, 4096 at most", "tokens", at_least=1
+        None,
+        "text: tokens of context (default: max_seq_len, 4096 at most)",
+        "tokens",
+        at_least=1,
     )
     stride: int | None = describe(
-        None, "text: step between windows; null: half a window", "tokens", at_least=1
+        None, "text: tokens between windows (default: half a window)", "tokens", at_least=1
     )
-    max_new_tokens: int = describe(128, "answers: longest answer", "tokens", at_least=1)
-    extract: str | None = describe(None, "answers: regular expression that finds the answer")
-    ignore_case: bool = describe(False, "answers: upper and lower case are the same")
-    stop: tuple[str, ...] = describe((), "answers: texts that end an answer")
-    batch_tokens: int = describe(4096, "tokens of one forward pass", "tokens", at_least=1)
+    max_new_tokens: int = describe(128, "answers: most new tokens", "tokens", at_least=1)
+    extract: str | None = describe(
+        None, "answers: compare only the last match of this regular expression, or its group"
+    )
+    ignore_case: bool = describe(False, "answers: ignore upper and lower case")
+    stop: tuple[str, ...] = describe((), "answers: end before this text; may be repeated")
+    batch_tokens: int = describe(4096, "tokens per forward pass", "tokens", at_least=1)
     limit: int | None = describe(
-        None, "documents or rows of each data set; null: all", "rows", at_least=1
+        None, "use only the first N documents or rows of each", "rows", at_least=1
     )
     progress: bool = describe(False, "show a progress bar on standard error")
 

@@ -188,7 +188,7 @@ def test_words():
 )
 def test_equal_layers_share_a_row(changes, expected):
     found = groups(plan(tiny_args(**changes)).layers)
-    assert [index_words(group.indices) for group in found] == expected
+    assert [index_words(tuple(one.index for one in alike)) for alike in found] == expected
 
 
 def test_a_length_below_one_is_refused():

@@ -250,7 +250,7 @@ def test_a_state_dict_fills_a_model_of_shapes(tmp_path, args, on_meta):
             other = quantize_model(LLM(model.args), args)
         other.load_state_dict(state, assign=True)
     else:
-        other = quantize_model(random_model(model.args, seed=5), args, empty=True)
+        other = quantize_model(random_model(model.args, seed=5), args)
         other.load_state_dict(state)
     assert torch.equal(logits(other), logits(model))
     assert not any(

@@ -107,8 +107,7 @@ class _Source:
     Attributes:
         plan: What will be loaded.
         model: The model on the meta device.
-        groups: The tensors of every weight by its name, as the model has them.
-        dense: The parameters that are not codes, as the files have them.
+        groups: The tensors of every weight by its name. They are read in the dtypes of the files.
         codes: The codes of leaves by the names of their weights.
         quantized: What is quantized in the files, in words.
     """
@@ -116,7 +115,6 @@ class _Source:
     plan: LoadPlan
     model: LLM
     groups: Mapping[str, TensorGroup]
-    dense: Mapping[str, LazyTensor]
     codes: Mapping[str, Codes]
     quantized: str
 
@@ -273,7 +271,7 @@ def _open(
         sizes["adapter"] = adapter_bytes(location.adapter, kind)
     plan = LoadPlan(args, dict(sizes), mapped, kind, place)  # `asdict` breaks Counters
     quantized = f"tensors of types {types}" if types else f"weights of {stated}" if stated else ""
-    return _Source(plan, model, groups, source, codes, quantized)
+    return _Source(plan, model, groups, codes, quantized)
 
 
 def _block_of(name: str) -> int:
@@ -317,7 +315,7 @@ def _read_weights(folder: Path, source: _Source, absent: Set[int]) -> LLM:
             elif coded is not None:
                 tensors = [part.to(plan.device) for part in group.read()]
             else:
-                read, dtype = source.dense[name].read(), tensors[0].dtype
+                (read,), dtype = group.read(), tensors[0].dtype
                 tensors[0], counts[name] = _place(read, plan.device, dtype, taken)
                 taken.add(tensors[0].data_ptr())
         if coded is not None:

@@ -135,9 +135,9 @@ def layer_table(planned: ModelPlan) -> Table:
     narrow terminal.
     """
     rows = []
-    for group in groups(planned.layers):
-        layer = group.layer
-        words = (index_words(group.indices), layer.attention, layer.positions, layer.heads)
+    for alike in groups(planned.layers):
+        layer, indices = alike[0], tuple(one.index for one in alike)
+        words = (index_words(indices), layer.attention, layer.positions, layer.heads)
         cached = byte_words(layer.kv_bytes_per_token["bfloat16"]) if planned.cacheable else "-"
         numbers = (amount(layer.parameters), cached, flop_words(layer.flops_per_token))
         rows.append((*words, "yes" if layer.qk_norm else "no", layer.feed_forward, *numbers))

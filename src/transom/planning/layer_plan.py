@@ -94,14 +94,6 @@ class ModelPlan:
     tied: bool
 
 
-@dataclass(frozen=True)
-class LayerGroup:
-    """Equal layers: the plan of one of them, and the indices of all in order."""
-
-    layer: LayerPlan
-    indices: tuple[int, ...]
-
-
 def plan(args: ModelArgs, length: int | None = None) -> ModelPlan:
     """Return the plan of a model.
 
@@ -211,12 +203,12 @@ def moe_words(moe: MoeArgs) -> str:
     return f"MoE {moe.num_experts} x {moe.hidden_dim}, top {moe.top_k} {moe.routing}{shared}"
 
 
-def groups(layers: tuple[LayerPlan, ...]) -> list[LayerGroup]:
+def groups(layers: tuple[LayerPlan, ...]) -> list[list[LayerPlan]]:
     """Return equal layers together, in the order in which each kind first appears."""
     kinds: dict[str, list[LayerPlan]] = {}
     for layer in layers:
         kinds.setdefault(repr(replace(layer, index=0)), []).append(layer)
-    return [LayerGroup(alike[0], tuple(one.index for one in alike)) for alike in kinds.values()]
+    return list(kinds.values())
 
 
 def index_words(indices: tuple[int, ...]) -> str:

@@ -35,17 +35,16 @@ def quantize_model(
     args: QuantizeArgs,
     batches: Iterable[Tensor] | None = None,
     *,
-    empty: bool = False,
     tell: Callable[[str], object] | None = None,
 ) -> M:
     """Store the weights of leaves in few bits, and freeze them.
 
     Args:
-        model: A model that is not quantized and has no adapters. It is changed in place.
+        model: A model that is not quantized and has no adapters. It is changed in place. Leaves on
+            the meta device get empty parts.
         args: The format and the method.
         batches: Calibration text for methods that read it: token ids [B, T] without padding. It is
             iterated once.
-        empty: Create parts without numbers, for `load_state_dict`. So it is on the meta device.
         tell: Called with a line of text for each layer that has read the text.
 
     Returns:
@@ -58,9 +57,9 @@ def quantize_model(
     """
     chosen = _chosen(model, args)
     for path, leaf in chosen.items():
-        _check(path, leaf, args, empty)
+        _check(path, leaf, args)
     total = parameter_count(model)
-    if args.calibrated and not empty:
+    if args.calibrated:
         assert isinstance(model, LLM), "parts of a model read no text"
         _calibrated(model, args, chosen, checked_batches(model, batches, chosen), tell)
     else:
@@ -68,7 +67,7 @@ def quantize_model(
             raise RequestError("batches: got some; expected none, since this method reads no text")
         for leaf in chosen.values():
             format = requested(args, leaf.weight.dtype)
-            if empty or leaf.weight.is_meta:
+            if leaf.weight.is_meta:
                 parts = empty_parts(leaf.weight.shape, format, leaf.weight.device)
                 replace_weight(leaf, parts, format)
             else:
@@ -192,7 +191,7 @@ def _is_in(name: str, path: str) -> bool:
     return f".{name}." in f".{path}."
 
 
-def _check(path: str, leaf: Dense, args: QuantizeArgs, empty: bool) -> None:
+def _check(path: str, leaf: Dense, args: QuantizeArgs) -> None:
     """Check a leaf before anything changes.
 
     Raises:
@@ -208,8 +207,7 @@ def _check(path: str, leaf: Dense, args: QuantizeArgs, empty: bool) -> None:
         raise RequestError(f"group: got {found}; expected {expected}")
     if leaf._modules:
         raise RequestError(f"{path}: got a leaf with an adapter; expected to quantize it before")
-    if not empty:
-        check_finite(path, leaf.weight.detach())
+    check_finite(path, leaf.weight.detach())
 
 
 def check_finite(path: str, weight: Tensor) -> None:

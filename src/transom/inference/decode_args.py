@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from transom.base.errors import expect
 from transom.base.fields import check_bounds, describe
+from transom.planning.memory import Workload
 
 # Default limit of a conversation, in tokens: the maximum of some models would fill a GPU.
 MAX_CONTEXT = 8192
@@ -76,6 +77,12 @@ class DecodeArgs:
         if draft is None:
             return self.prompt_lookup_num_tokens or 0
         return self.num_draft_tokens or 4
+
+    def workload(self, rows: int, tokens: int, value_bytes: int, device_type: str) -> Workload:
+        """Return what a request asks of memory, with numbers of `value_bytes` on a device."""
+        native = device_type == "cpu" and value_bytes <= 4 and not self.compile
+        sizes, joined = (rows, tokens, value_bytes), device_type != "cpu"
+        return Workload(*sizes, self.kv_bits, self.prefill_step_size, native, joined)
 
 
 DEFAULT = DecodeArgs()

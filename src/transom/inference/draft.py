@@ -16,7 +16,7 @@ from transom.checkpoints.open_model import OpenedModel, OpenedText, open_model
 from transom.inference.decode_args import DEFAULT, DecodeArgs
 from transom.inference.decode_plan import decode_plan
 from transom.inference.forward import check_finite, forward_logits, not_finite, prefill
-from transom.inference.room import check_memory, session_room, workload
+from transom.inference.room import check_memory, session_room
 from transom.inference.sampler import Sampler, sample
 from transom.inference.speculate import Proposal
 from transom.layers.inputs import TransformerInput
@@ -134,7 +134,7 @@ def open_draft(
     model, most = target.model, tokens or session_room(target.model.args, decode)
 
     def check(_: OpenedText, load: LoadPlan) -> None:
-        work = workload(1, most, model.dtype, model.device, decode)
+        work = decode.workload(1, most, model.dtype.itemsize, model.device.type)
         plan = memory_plan(model.args, work, {})
         beside = (
             {"the model's cache and buffers": plan.total} if load.device == model.device else {}

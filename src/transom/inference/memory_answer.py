@@ -96,22 +96,19 @@ def memory_answer(
     """
     expect(context >= 1, "context", context, "1 or more tokens")
     expect(batch >= 1, "batch", batch, "1 or more rows")
-    args, step = described.args, decode.prefill_step_size
-    more: dict[str, int] = {}
+    args, more = described.args, dict[str, int]()
     if draft is not None:
         own, _, _, width = _weights(draft, device, None, None)
         room = min(2 * context, draft.args.max_seq_len)
-        run = memory_plan(draft.args, Workload(1, room, width, step=step), {})
+        work = Workload(1, room, width, step=decode.prefill_step_size)
+        run = memory_plan(draft.args, work, {})
         more |= {"draft weights": sum(own.values()), "draft cache and buffers": run.total}
     least: dict[str, int] = {}  # weights in memory if as many layers as possible are streamed
 
-    def work_in(width: int) -> Workload:
-        native = device == "cpu" and width <= 4 and not decode.compile
-        return Workload(batch, context, width, decode.kv_bits, step, native, device != "cpu")
-
     def beside(load: LoadPlan) -> int:
         least.update(load.weights)
-        return memory_plan(args, work_in(load.dtype.itemsize), {}, more=more).total
+        work = decode.workload(batch, context, load.dtype.itemsize, device)
+        return memory_plan(args, work, {}, more=more).total
 
     opened = _weights(described, device, dtype, keep_quantized, beside, offload)
     (sizes, mapped, kind, width), left, made = opened, _left(device), None
@@ -125,7 +122,7 @@ def memory_answer(
     def planned(work: Workload) -> MemoryPlan:
         return memory_plan(args, work, sizes if made is None else least, mapped=mapped, more=more)
 
-    work, tokens, rows = work_in(width), None, None
+    work, tokens, rows = decode.workload(batch, context, width, device), None, None
     if left is not None:
         longest, known = replace(work, tokens=args.max_seq_len), left
         tokens = largest_context(planned, longest, known)

@@ -12,7 +12,6 @@ from transom.base.errors import RequestError, expect, notice
 from transom.checkpoints.load import LoadPlan
 from transom.config.model_args import ModelArgs
 from transom.inference.decode_args import MAX_CONTEXT, DecodeArgs
-from transom.ops.weights import DENSE
 from transom.planning.memory import (
     PREFIX_BYTES,
     MemoryPlan,
@@ -127,7 +126,7 @@ def check_memory(
     """
     left = least_of(bytes_left(device), None if load is None else load.max_memory)
     weights, mapped = (load.weights, load.mapped_bytes) if load is not None else ({}, 0)
-    work, more = workload(rows, tokens, dtype, device, decode), dict(more or {})
+    work, more = decode.workload(rows, tokens, dtype.itemsize, device.type), dict(more or {})
     if decode.prompt_cache_file is not None:
         more["stored prompts"] = stored_bytes(args, work)
 
@@ -159,15 +158,6 @@ def check_memory(
         f"{left / 1e9:,.2f} GB together: "
         + (f"{' or '.join(ways)} fits" if ways else f"{least:,} tokens do not fit either")
     )
-
-
-def workload(
-    rows: int, tokens: int, dtype: torch.dtype, device: torch.device, decode: DecodeArgs
-) -> Workload:
-    """Return what a request asks of memory; see `check_memory` for the arguments."""
-    native = device.type == "cpu" and dtype in DENSE and not decode.compile
-    step, joined = decode.prefill_step_size, device.type != "cpu"
-    return Workload(rows, tokens, dtype.itemsize, decode.kv_bits, step, native, joined)
 
 
 def prefix_bytes(device: torch.device) -> int:

@@ -13,7 +13,6 @@ from transom.checkpoints.gguf.weights import quantized_types
 from transom.checkpoints.load import load, load_plan
 from transom.inference.decode_args import DecodeArgs
 from transom.inference.loop import stream
-from transom.inference.room import workload
 from transom.models.llm import LLM
 from transom.planning import memory
 from transom.verify.findings import Finding, exact
@@ -63,7 +62,7 @@ def _compare(
             prompts = random_tokens(model.args, rows, tokens - DECODED).tolist()
             for _ in stream(model, prompts, max_new_tokens=DECODED, decode=decode, cache=cache):
                 pass
-            work = workload(rows, tokens, model.dtype, model.device, decode)
+            work = decode.workload(rows, tokens, model.dtype.itemsize, model.device.type)
             plan = memory.memory_plan(model.args, work, planned)
             yield exact("bytes of the cache", case, abs(sum(plan.cache.values()) - cache.bytes))
             if length == FULL_LENGTH:

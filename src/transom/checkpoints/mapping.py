@@ -137,7 +137,9 @@ def to_ours(
     unfilled = [name for name in shapes if name not in out]
     missing = list(dict.fromkeys(key for name in unfilled for key in sought.get(name, ())))
     unnamed = [name for name in unfilled if name not in sought]
-    account(where, missing, sorted(source.keys() - used), unnamed, misfits)
+    left_over = sorted(source.keys() - used)
+    found = {"missing ": missing, "left over ": left_over, "nothing for ": unnamed, "": misfits}
+    account(where, found)
     return out
 
 
@@ -186,7 +188,7 @@ def to_foreign(mappings: Iterable[KeyMapping], ours: LazyTensors, where: str) ->
         written.update(mapping.ours)
         metas = invert_transform(mapping.transform, [ours[name].meta for name in mapping.ours])
         out.append(TensorGroup(mapping.foreign, metas, _writer(mapping, ours)))
-    account(where, [], [], sorted(ours.keys() - written), [])
+    account(where, {"nothing for ": sorted(ours.keys() - written)})
     return out
 
 
@@ -194,19 +196,11 @@ def _writer(mapping: KeyMapping, ours: LazyTensors) -> Callable[[], list[Tensor]
     return lambda: invert_transform(mapping.transform, [ours[name].read() for name in mapping.ours])
 
 
-def account(
-    where: str,
-    missing: Sequence[str],
-    left_over: Sequence[str],
-    unnamed: Sequence[str],
-    misfits: Sequence[str],
-) -> None:
-    """Check that all keys were used and all parameters made.
+def account(where: str, found: Mapping[str, Sequence[str]]) -> None:
+    """Raise `RequestError` unless all lists of keys and parameters are empty.
 
-    Raises:
-        RequestError: One of the lists is not empty. The message has the first names of each.
+    The message has the words for each list and its first names.
     """
-    found = {"missing ": missing, "left over ": left_over, "nothing for ": unnamed, "": misfits}
     problems = [f"{what}{first_names(names, 5)}" for what, names in found.items() if names]
     if problems:
         raise RequestError(f"{where}: keys do not add up: {'; '.join(problems)}")

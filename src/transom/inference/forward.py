@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from array import array
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ from transom.chat.marking import common_prefix
 from transom.config.model_args import ModelArgs
 from transom.inference.decode_plan import alone
 from transom.inference.joined_weights import joined_weights
-from transom.layers.inputs import TransformerInput, pad_rows
+from transom.layers.inputs import TransformerInput, TransformerOutput, pad_rows
 from transom.models.llm import LLM, Runner
-from transom.models.nonfinite import is_finite, nonfinite_weight, watched_outputs
+from transom.models.nonfinite import first_nonfinite
 
 # One token id per row, None for finished rows, step by step.
 Tokens = Generator[list[int | None], None, None]
@@ -169,30 +170,22 @@ def with_place(
     except BrokenLogitsError as error:
         texts = [[*prompt, *ids[row::rows]] for row, prompt in enumerate(prompts)]
         texts = [[id for id in text if id >= 0] for text in texts]
-        place = locate_nonfinite(model, texts, step_size)
+        with torch.inference_mode(), evaluating(model):
+            place = first_nonfinite(model, _plain_calls(model, texts, step_size))
         if place is None:
             raise
-        raise WorkError(f"logits: got NaN or infinite values; {place}") from error
+        kind = dtype_name(model.dtype)
+        raise WorkError(f"logits: got NaN or infinite values in {kind}; {place}") from error
     finally:
         steps.close()
 
 
-@torch.inference_mode()
-def locate_nonfinite(model: LLM, rows: Sequence[Sequence[int]], step_size: int) -> str | None:
-    """Return where numbers stop being finite in rows of tokens, in words; None if they don't.
-
-    The rows run once more, without anything that makes them fast.
-    """
-    weight = nonfinite_weight(model)
-    if weight is not None:
-        return f"the weight {weight} is not finite"
+def _plain_calls(
+    model: LLM, rows: Sequence[Sequence[int]], step_size: int
+) -> Iterator[Callable[[], TransformerOutput]]:
+    """Yield the forward calls of rows of tokens, without anything that makes them fast."""
     for row in rows:
         cache = model.make_cache(1, len(row))
         for start in range(0, len(row), step_size):
             ids = torch.tensor([row[start : start + step_size]], device=model.device)
-            with watched_outputs(model) as found, evaluating(model):
-                logits = model(TransformerInput(ids, logits="last"), cache).logits
-            if found or not is_finite(logits):
-                place, kind = found[0] if found else "output", dtype_name(model.dtype)
-                return f"{place} is the first whose output is not finite in {kind}"
-    return None
+            yield partial(model, TransformerInput(ids, logits="last"), cache)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transom.layers.inputs import TransformerOutput
 from transom.models.llm import LLM
 
 
@@ -22,9 +23,23 @@ def is_finite(tensor: Tensor) -> bool:
     return tensor.is_meta or not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
-def nonfinite_weight(model: LLM) -> str | None:
-    """Return the name of the first weight that has a number that is not finite."""
-    return next((name for name, one in model.named_parameters() if not is_finite(one)), None)
+def first_nonfinite(model: LLM, calls: Iterable[Callable[[], TransformerOutput]]) -> str | None:
+    """Return the first weight or output that is not finite, in words; None if there is none.
+
+    If all weights are finite, `calls` are made one after the other: they are forward calls of the
+    model.
+    """
+    for name, one in model.named_parameters():
+        if not is_finite(one):
+            return f"the weight {name} is not finite"
+    for call in calls:
+        with watched_outputs(model) as found:
+            logits = call().logits
+        if logits is not None and not is_finite(logits):
+            found.append("output")  # a tied one is no module
+        if found:
+            return f"the output of {found[0]} is the first that is not finite"
+    return None
 
 
 @contextmanager

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
-from transom.models.nonfinite import is_finite, nonfinite_weight, watched_outputs
+from transom.models.nonfinite import first_nonfinite, is_finite
 
 ALL_FINITE = "all weights, outputs and gradients are finite"
 
@@ -19,14 +20,11 @@ def locate_nonfinite(model: LLM, inputs: Sequence[TransformerInput]) -> str:
     embeddings in the backward pass, so the cause is the bad gradient nearest to the output. Call it
     under `no_grad`.
     """
-    weight = nonfinite_weight(model)
-    if weight is not None:
-        return f"the weight {weight} is not finite after the step before"
-    for rows in inputs:
-        with watched_outputs(model) as found:
-            model(replace(rows, logits="none"))
-        if found:
-            return f"the output of {found[0]} is the first that is not finite"
+    place = first_nonfinite(
+        model, (partial(model, replace(rows, logits="none")) for rows in inputs)
+    )
+    if place is not None:
+        return place
     for name, one in reversed(list(model.named_parameters())):  # from output to input
         if one.grad is not None and not is_finite(one.grad):
             return f"the gradient of {name} is the first that is not finite"

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from benchmarks.common import interleaved
 from transom.config.model_args import ModelArgs
 from transom.models.llm import LLM
-from transom.training.losses.cross_entropy import chunk_tokens, head_loss
+from transom.training.losses.cross_entropy import head_loss
+from transom.training.losses.log_probs import chunk_tokens
 
 TOKENS, DIM = 1024, 768
 VOCABULARIES = (131072, 32768, 8192)

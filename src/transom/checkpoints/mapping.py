@@ -138,8 +138,8 @@ def to_ours(
     missing = list(dict.fromkeys(key for name in unfilled for key in sought.get(name, ())))
     unnamed = [name for name in unfilled if name not in sought]
     left_over = sorted(source.keys() - used)
-    found = {"missing ": missing, "left over ": left_over, "nothing for ": unnamed, "": misfits}
-    account(where, found)
+    lists = {"missing ": missing, "left over ": left_over, "nothing for ": unnamed, "": misfits}
+    account(where, lists)
     return out
 
 

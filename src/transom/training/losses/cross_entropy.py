@@ -8,7 +8,6 @@ et al. 2024, Liger Kernel, arXiv 2410.10989). Tensor ranks compute the logits of
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,18 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from transom.data.batch import NO_TARGET
 from transom.distributed.vocabulary import OutputRows, divided_log_softmax
 from transom.layers.linear import Embedding, Linear
 from transom.models.llm import LLM
-
-# Up to so many logits are computed at once: chunks would save little memory.
-PLAIN_LOGITS = 1 << 22
-# Logits of a chunk. Every chunk reads and writes the complete weight gradient, so that few large
-# chunks are faster.
-CHUNK_LOGITS = 1 << 24
+from transom.training.losses.log_probs import chunk_tokens, target_log_probs
 
 
 def cross_entropy_sum(
@@ -77,10 +70,11 @@ def head_loss(
     tokens = chunk_tokens(targets_BT.numel(), size) if chunk is None else chunk
     if targets_BT.numel() == 0 or (rows is None and tokens == 0):
         return cross_entropy_sum(model.project(hidden_BTD), targets_BT, weights_BT)
+    if weight_VD is None:
+        nats_BT = -target_log_probs(model, hidden_BTD, targets_BT, tokens)
+        return (nats_BT if weights_BT is None else nats_BT * weights_BT).sum()
     hidden_TD, targets_T = hidden_BTD.flatten(0, -2), targets_BT.flatten()
     weights_T = None if weights_BT is None else weights_BT.flatten()
-    if weight_VD is None:
-        return _projected(model, hidden_TD, targets_T, weights_T, tokens)
     if not torch.is_grad_enabled():
         hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
     kind = hidden_TD.device.type
@@ -94,11 +88,6 @@ def head_loss(
     return _LinearCrossEntropy.apply(
         hidden_TD, weight_VD, targets_T, weights_T, tokens or len(targets_T), cap, rows
     )
-
-
-def chunk_tokens(tokens: int, vocab_size: int) -> int:
-    """Return the default number of tokens per chunk, 0 for all at once."""
-    return 0 if tokens * vocab_size <= PLAIN_LOGITS else max(1, CHUNK_LOGITS // vocab_size)
 
 
 def plain_output_weight(model: LLM) -> Tensor | None:
@@ -123,32 +112,6 @@ def plain_output_weight(model: LLM) -> Tensor | None:
     if model.output is not None and (changed or leaf._parameters.get("bias") is not None):
         return None
     return weight
-
-
-def _projected(
-    model: LLM, hidden_TD: Tensor, targets_T: Tensor, weights_T: Tensor | None, chunk: int
-) -> Tensor:
-    """Compute the loss in chunks through `model.project`; backward computes the logits again."""
-
-    def chunk_loss(hidden_TD: Tensor, targets_T: Tensor, *weights_T: Tensor) -> Tensor:
-        weights = weights_T[0] if weights_T else None
-        return cross_entropy_sum(model.project(hidden_TD), targets_T, weights)
-
-    weights = () if weights_T is None else (weights_T,)
-    return torch.stack(by_chunks(chunk_loss, chunk, hidden_TD, targets_T, *weights)).sum()
-
-
-def by_chunks(make: Callable[..., Tensor], tokens: int, *columns_T: Tensor) -> list[Tensor]:
-    """Return the results of `make` for at most `tokens` rows of all columns at a time.
-
-    0 tokens stand for all rows at once. The backward pass computes each of several chunks again.
-    """
-    count = len(columns_T[0])
-    if tokens == 0 or count <= tokens:
-        return [make(*columns_T)]
-    pieces = -(-count // tokens)
-    chunked = zip(*(column_T.chunk(pieces) for column_T in columns_T), strict=True)
-    return [checkpoint(make, *columns, use_reentrant=False) for columns in chunked]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

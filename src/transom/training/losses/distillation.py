@@ -20,7 +20,8 @@ from transom.evaluation.score import Score
 from transom.layers.inputs import TransformerOutput
 from transom.models.llm import LLM
 from transom.training.finetune.args import FinetuneArgs
-from transom.training.losses.cross_entropy import by_chunks, chunk_tokens, cross_entropy_sum
+from transom.training.losses.cross_entropy import cross_entropy_sum
+from transom.training.losses.log_probs import by_chunks, chunk_tokens
 from transom.training.losses.objectives import NextToken, Objective
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from transom.base.errors import RequestError, expect
 from transom.base.runtime import evaluating
@@ -16,7 +17,30 @@ from transom.data.batch import NO_TARGET
 from transom.layers.inputs import TransformerInput
 from transom.lora.adapters import activate_adapters, active_adapters, adapted_modules
 from transom.models.llm import LLM
-from transom.training.losses.cross_entropy import by_chunks, chunk_tokens
+
+# Up to so many logits are computed at once: chunks would save little memory.
+PLAIN_LOGITS = 1 << 22
+# Logits of a chunk. Every chunk reads and writes the complete weight gradient, so that few large
+# chunks are faster.
+CHUNK_LOGITS = 1 << 24
+
+
+def chunk_tokens(tokens: int, vocab_size: int) -> int:
+    """Return the default number of tokens per chunk, 0 for all at once."""
+    return 0 if tokens * vocab_size <= PLAIN_LOGITS else max(1, CHUNK_LOGITS // vocab_size)
+
+
+def by_chunks(make: Callable[..., Tensor], tokens: int, *columns_T: Tensor) -> list[Tensor]:
+    """Return the results of `make` for at most `tokens` rows of all columns at a time.
+
+    0 tokens stand for all rows at once. The backward pass computes each of several chunks again.
+    """
+    count = len(columns_T[0])
+    if tokens == 0 or count <= tokens:
+        return [make(*columns_T)]
+    pieces = -(-count // tokens)
+    chunked = zip(*(column_T.chunk(pieces) for column_T in columns_T), strict=True)
+    return [checkpoint(make, *columns, use_reentrant=False) for columns in chunked]
 
 
 def target_log_probs(

@@ -29,6 +29,7 @@ from transom.training.losses.balance import (
     health_row,
     mixtures,
     router_losses,
+    router_sums,
     update_choice_biases,
 )
 
@@ -134,8 +135,11 @@ def test_a_bias_moves_against_the_load():
 def test_counts_add_up_and_tell_the_routers_health():
     model = mixture("mixtral", expert_capacity=0.5).train()
     tokens = random_tokens(4, 12)
-    whole = RouterCounts.of(model(TransformerInput(tokens)).router)
-    parts = [RouterCounts.of(model(TransformerInput(part)).router) for part in tokens.split(1)]
+    whole = RouterCounts.of(map(router_sums, model(TransformerInput(tokens)).router))
+    parts = [
+        RouterCounts.of(map(router_sums, model(TransformerInput(part)).router))
+        for part in tokens.split(1)
+    ]
     for *some, total in zip(*parts, whole, strict=True):
         torch.testing.assert_close(sum(some), total)
     row = health_row(whole)
@@ -148,7 +152,7 @@ def test_counts_add_up_and_tell_the_routers_health():
     assert all(0 < entropy < math.log(4) for entropy in row["router_entropy"])
     for module in mixtures(model):
         module.router.bias[2] = -100.0
-    row = health_row(RouterCounts.of(model(TransformerInput(tokens)).router))
+    row = health_row(RouterCounts.of(map(router_sums, model(TransformerInput(tokens)).router)))
     assert row["dead_experts"] == [1, 1]
 
 
@@ -170,7 +174,7 @@ def mixture(balance: str, scope: str = "sequence", **fields: Any) -> LLM:
 
 def busiest(model: LLM, tokens: Tensor) -> list[float]:
     """Share of the tokens that the busiest expert of each layer gets."""
-    counts = RouterCounts.of(model.eval()(TransformerInput(tokens)).router)
+    counts = RouterCounts.of(map(router_sums, model.eval()(TransformerInput(tokens)).router))
     return [max(load) for load in health_row(counts)["expert_load"]]
 
 
@@ -200,7 +204,9 @@ def train(model: LLM, tokens: Tensor, steps: int) -> None:
         optimizer.zero_grad()
         if moe.balance == "bias":
             update_choice_biases(
-                model, RouterCounts.of(output.router).picks_LE, moe.bias_update_rate
+                model,
+                RouterCounts.of(map(router_sums, output.router)).picks_LE,
+                moe.bias_update_rate,
             )
 
 

@@ -68,13 +68,14 @@ class RouterLosses(NamedTuple):
 
     `weighted` is what training adds, with its coefficients. A step adds the `weighted` of each
     micro-batch times its share of the tokens of the step. With scope `sequence`, the sum does not
-    depend on how the rows were divided.
+    depend on how the rows were divided. `sums` are those of each layer on this rank.
     """
 
     aux: Tensor | None
     z: Tensor
     weighted: Tensor
     tokens: Tensor
+    sums: Sequence[RouterSums]
 
 
 def router_losses(
@@ -90,18 +91,16 @@ def router_losses(
         add: Sums a tensor over the ranks that have tokens of the same rows. `weighted` and `tokens`
             then add up over these ranks, too.
     """
-    sums = [router_sums(layer) for layer in router]
+    own = sums = [router_sums(layer) for layer in router]
     if add is not None:
-        sums = [
-            one._replace(picks_BE=add(one.picks_BE), tokens_B=add(one.tokens_B)) for one in sums
-        ]
+        sums = [one._replace(picks_BE=add(one.picks_BE), tokens_B=add(one.tokens_B)) for one in own]
     tokens = sums[0].tokens_B.sum()
     z = torch.stack([layer.squared_logsumexp for layer in sums]).mean() / tokens.clamp(min=1)
     weighted = moe.z_loss_coef * z
     if moe.balance in ("bias", "none"):
-        return RouterLosses(None, z, weighted, tokens)
+        return RouterLosses(None, z, weighted, tokens, own)
     aux = auxiliary_loss(sums, moe)
-    return RouterLosses(aux, z, weighted + moe.aux_loss_coef * aux, tokens)
+    return RouterLosses(aux, z, weighted + moe.aux_loss_coef * aux, tokens, own)
 
 
 def router_parts(
@@ -122,7 +121,7 @@ def router_parts(
     """
     losses = router_losses(router, moe, add)
     share = losses.tokens / tokens
-    parts = {"z_loss": losses.z * share, **RouterCounts.of(router)._asdict()}
+    parts = {"z_loss": losses.z * share, **RouterCounts.of(losses.sums)._asdict()}
     if losses.aux is not None:
         parts["aux_loss"] = losses.aux * share
     return losses.weighted * share, parts
@@ -197,11 +196,11 @@ class RouterCounts(NamedTuple):
     dropped_L: Tensor
 
     @classmethod
-    def of(cls, router: Iterable[RouterStatistics]) -> RouterCounts:
-        """Return the counts of one forward pass."""
+    def of(cls, sums: Iterable[RouterSums]) -> RouterCounts:
+        """Return the counts of one forward pass from the sums of each layer."""
         layers = [
             (one.picks_BE.sum(0), one.load_E, one.tokens_B.sum(), one.entropy, one.dropped)
-            for one in map(router_sums, router)
+            for one in sums
         ]
         return cls(*(torch.stack(column).detach() for column in zip(*layers, strict=True)))
 

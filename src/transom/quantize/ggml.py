@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from transom.base.errors import RequestError, nearest
-from transom.quantize.formats import Parts, WeightFormat, integers, pack, scaled, unpack
+from transom.quantize.formats import Parts, WeightFormat, dequantize, integers, pack, unpack
 
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -144,16 +145,7 @@ def dense(name: str, blocks: Tensor) -> Tensor:
     """
     if name in DENSE:
         return blocks.view(DENSE[name])
-    kind = _type(name)
-    codes, others = _separated(kind, blocks)
-    levels = kind.format.levels
-    if levels is None:
-        values = codes.float()
-    elif levels == integers(int(levels[0])):
-        values = codes.float().add_(levels[0])
-    else:
-        values = torch.tensor(levels).index_select(0, codes.flatten().int()).view(codes.shape)
-    return scaled(values, others, kind.format)
+    return dequantize(parts(name, blocks), _type(name).format)
 
 
 def _separated(kind: BlockType, blocks: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -183,11 +175,11 @@ def _separated(kind: BlockType, blocks: Tensor) -> tuple[Tensor, dict[str, Tenso
 
 @torch.no_grad()
 def quantize(name: str, weight: Tensor) -> Tensor:
-    """Return the blocks of a weight as the reference quantizer of ggml makes them.
+    """Return the blocks of a weight as the package `gguf` makes them.
 
     Args:
         name: A type of `WRITTEN`.
-        weight: Finite numbers [..., in] of any floating dtype.
+        weight: Finite numbers [..., in] of any floating dtype, on the CPU.
 
     Returns:
         uint8 [..., bytes].
@@ -198,23 +190,12 @@ def quantize(name: str, weight: Tensor) -> Tensor:
     row_bytes(name, weight.size(-1))
     if name in DENSE:
         return weight.to(DENSE[name]).contiguous().view(torch.uint8)
-    groups = weight.float().unflatten(-1, (-1, _written(name).weights))
-    largest, minimums = groups.abs(), None
-    if name == "Q8_0":
-        scales = largest.amax(-1) / 127
-        units = groups * _inverse(scales)
-        codes = units.trunc()
-        codes = (codes + (2 * (units - codes)).trunc()).to(torch.int8).view(torch.uint8)
-    else:
-        if name == "Q4_0":
-            scales = groups.gather(-1, largest.argmax(-1, keepdim=True)).squeeze(-1) / -8
-            units = groups * _inverse(scales) + 8
-        else:
-            minimums = groups.amin(-1)
-            scales = (groups.amax(-1) - minimums) / 15
-            units = (groups - minimums.unsqueeze(-1)) * _inverse(scales)
-        codes = (units + 0.5).trunc().clamp(0, 15).to(torch.uint8)
-    return _joined(name, codes, scales, minimums)
+    _written(name)
+    from gguf import GGMLQuantizationType, quants  # takes a third of a second
+
+    kind = GGMLQuantizationType[name]
+    with np.errstate(invalid="ignore"):  # of numbers that are not finite
+        return torch.from_numpy(quants.quantize(weight.float().numpy(), kind))
 
 
 @torch.no_grad()
@@ -224,11 +205,14 @@ def blocks(name: str, parts: Parts) -> Tensor:
     Raises:
         RequestError: Transom can't write the type.
     """
-    kind = _written(name)
-    codes = parts["codes"].view(torch.uint8)
-    codes = codes if kind.format.levels is None else unpack(codes)
-    codes = codes.unflatten(-1, (-1, kind.weights))
-    return _joined(name, codes, parts["scales"], parts.get("minimums"))
+    kind, codes = _written(name), parts["codes"].view(torch.uint8)
+    if kind.format.levels is not None:
+        first, second = unpack(codes).unflatten(-1, (-1, 2, kind.weights // 2)).unbind(-2)
+        codes = first | second << 4
+    else:
+        codes = codes.unflatten(-1, (-1, kind.weights))
+    factors = (parts[key].to(_HALF).unsqueeze(-1) for key in ("scales", "minimums") if key in parts)
+    return torch.cat((*(one.view(torch.uint8) for one in factors), codes), -1).flatten(-2)
 
 
 def _type(name: str) -> BlockType:
@@ -281,21 +265,3 @@ def _halved_power(exponents: Tensor) -> Tensor:
     bits = exponents.to(torch.int16)
     # Two of these numbers are subnormal.
     return torch.where(bits < 2, 32 << bits, bits - 1 << 7).view(torch.bfloat16)
-
-
-def _inverse(scales: Tensor) -> Tensor:
-    """Return 1 / scale [..., 1], and 0 for 0."""
-    return torch.where(scales == 0, 0.0, 1 / scales).unsqueeze(-1)
-
-
-def _joined(name: str, codes: Tensor, scales: Tensor, minimums: Tensor | None) -> Tensor:
-    """Return blocks of raw codes uint8 [..., n, weights] and their factors [..., n]."""
-    if TYPES[name].low[1] == 4:
-        first, second = codes.chunk(2, -1)
-        codes = first | second << 4
-    factors = [
-        one.to(_HALF).unsqueeze(-1).view(torch.uint8)
-        for one in (scales, minimums)
-        if one is not None
-    ]
-    return torch.cat((*factors, codes), -1).flatten(-2)

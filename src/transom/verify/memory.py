@@ -50,10 +50,10 @@ def _compare(
     found: Counter[str] = Counter()
     for path, weight in model.named_parameters():
         found[memory.weight_kind(path)] += weight.nbytes
-    wrong = [f"{kind} {size:,}" for kind, size in (planned.items() ^ found.items())]
+    wrong = [f"{part} {size:,}" for part, size in (planned.items() ^ found.items())]
     yield exact("weights by kind", name, wrong)
     for bits in (16, 8):
-        decode = DecodeArgs(kv_bits=bits)
+        decode, kind = DecodeArgs(kv_bits=bits), (model.dtype.itemsize, model.device.type)
         for length in lengths:
             tokens = min(length, model.args.max_seq_len)
             case = f"{name}, {bits} bits, {rows} x {tokens} tokens"
@@ -62,8 +62,7 @@ def _compare(
             prompts = random_tokens(model.args, rows, tokens - DECODED).tolist()
             for _ in stream(model, prompts, max_new_tokens=DECODED, decode=decode, cache=cache):
                 pass
-            work = decode.workload(rows, tokens, model.dtype.itemsize, model.device.type)
-            plan = memory.memory_plan(model.args, work, planned)
+            plan = memory.memory_plan(model.args, decode.workload(rows, tokens, *kind), planned)
             yield exact("bytes of the cache", case, abs(sum(plan.cache.values()) - cache.bytes))
             if length == FULL_LENGTH:
                 total, peak = plan.total + memory.PROGRAM_BYTES, memory_bytes(model.device)

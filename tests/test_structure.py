@@ -98,7 +98,7 @@ CEILINGS = {
     "chat": 896,
     "checkpoints": 4_980,
     "distributed": 1_318,
-    "data": 2_197,
+    "data": 2_203,
     "inference": 2_174,
     "evaluation": 1_371,
     "training": 4_337,

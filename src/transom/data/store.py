@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,13 @@ class FileStore:
     def names(self) -> set[str]:
         """Return the names of the files, after the folder was made if there was none."""
         with self._place("") as folder:
-            self._files.makedirs(folder, exist_ok=True)
             self._files.invalidate_cache()  # other machines may have written
-            return {Path(path).name for path in self._files.ls(folder, detail=False)}
+            with suppress(FileNotFoundError):
+                return {Path(path).name for path in self._files.ls(folder, detail=False)}
+            with suppress(FileExistsError):  # another process has just made it
+                # The parent of a folder at a URL may be a bucket, which nobody asked to make.
+                self._files.mkdir(folder, create_parents=self.local is not None)
+            return set()
 
     def read(self, name: str) -> bytes:
         """Return the content of a file. Raise `RequestError` if there is none."""

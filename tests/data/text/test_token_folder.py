@@ -181,6 +181,38 @@ def test_shards_of_a_url_are_fetched_once(texts, made, tmp_path, scheme, monkeyp
     files.rm(root, recursive=True)
 
 
+@pytest.fixture
+def bucket(monkeypatch):
+    """Start an S3 server on this machine, and return the URL of a bucket."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    settings = {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "DEFAULT_REGION": "us-east-1"}
+    settings["ENDPOINT_URL"] = "http://{}:{}".format(*server.get_host_and_port())
+    for name, value in settings.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    fsspec.filesystem("s3").mkdir("bucket")
+    yield "s3://bucket"
+    server.stop()
+
+
+@pytest.mark.slow
+def test_an_object_store_gets_the_bytes_of_a_folder(texts, made, bucket, tmp_path):
+    url, files = f"{bucket}/tokens", fsspec.filesystem("s3")
+    for part in ("2/2", "1/2"):
+        tokenize(texts, TOKENIZER, url, workers=1, part=part)
+    assert {Path(one).name: files.cat_file(one) for one in files.ls(url)} == files_of(made[0])
+    expected = open_corpus(SourceArgs(str(made[0])), TOKENIZER)
+    assert rows_of(open_corpus(SourceArgs(url), TOKENIZER)) == rows_of(expected)
+    missing = f"{made[1]['shards'][2]['name']}.tokens"
+    files.rm_file(f"{url}/{missing}")
+    with pytest.raises(RequestError, match=f"{url}/{missing}: got no file; expected one"):
+        open_corpus(SourceArgs(url), TOKENIZER, tmp_path / "other cache")
+    with pytest.raises(RequestError, match="s3://absent/x/: got no file; expected one"):
+        tokenize(texts, TOKENIZER, "s3://absent/x")
+    assert not files.exists("absent")
+
+
 @pytest.mark.parametrize("where", ["path", "file"])
 @pytest.mark.parametrize("harm", ["missing", "altered", "shorter"])
 def test_a_missing_or_altered_shard_is_named(made, where, harm):

@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.base.errors import RequestError, expect
+from transom.base.files import cache_dir as usual_cache_dir
 from transom.base.files import json_object, sha256_of
+from transom.base.locks import FolderLock
 from transom.data.cache import cache_entry, read_shard
 from transom.data.file_formats import readable
 from transom.data.store import FileStore
@@ -58,10 +60,12 @@ def open_corpus(
     expect(shards is not None, source.path, "tokens of some parts", expected)
     dtypes = {"tokens": manifest["dtype"], **COLUMNS}
     columns, files = [], []
-    for shard in shards:
-        folder = _folder(store, shard, cache_dir)
-        columns.append(read_shard(folder, shard["name"], dtypes, ids=False)[0])
-        files.append(folder / f"{shard['name']}.ids.json")
+    # One wait of the ranks of a machine for the first of them, instead of one for each shard.
+    with FolderLock(Path(cache_dir or usual_cache_dir(), manifest["sha256"]), wait=True):
+        for shard in shards:
+            folder = _folder(store, shard, cache_dir)
+            columns.append(read_shard(folder, shard["name"], dtypes, ids=False)[0])
+            files.append(folder / f"{shard['name']}.ids.json")
     highest = max(shard["highest_id"] for shard in shards)
     tokens = JoinedTokens([one["tokens"] for one in columns], highest)
     sizes, draws = (np.concatenate([one[name] for one in columns]) for name in COLUMNS)

@@ -56,8 +56,8 @@ TUNED: dict[str, tuple[str, QuantizeArgs | None]] = {
     "LoRA on experts": ("experts", None),
     "LoRA on NF4": ("llama", QuantizeArgs("nf4", group=32)),
 }
-# Gradients of the second step show whether the first one has moved all weights alike.
 RING = {"context_ring": True}
+# Gradients of the second step show whether the first one has moved all weights alike.
 MUON = {"optimizer": {"name": "muon", "muon_lr": 0.1, "max_grad_norm": None}}
 FOUR = {"accumulate": 4}
 

@@ -86,7 +86,7 @@ CEILINGS = {
     "base": 824,
     "config": 698,
     "planning": 487,
-    "attention": 703,
+    "attention": 704,
     "ops": 219,
     "layers": 755,
     "cache": 462,

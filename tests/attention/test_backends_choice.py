@@ -83,6 +83,8 @@ def test_auto_on_a_cpu(score, name):
         ({"layout": Layout((3, 5))}, ScoreArgs(), "varlen"),
         ({"layout": Layout((8,)), "rule": LayerRule("window", 4)}, ScoreArgs(), "varlen"),
         ({"new_at": None}, ScoreArgs(), "sdpa"),
+        ({"length": 2048, "new_at": None}, ScoreArgs(), "flex"),
+        ({"length": 2048, "rule": LayerRule("full"), "new_at": None}, ScoreArgs(), "sdpa"),
         ({"length": 2048, "rule": LayerRule("window", 64), "new_at": None}, ScoreArgs(), "flex"),
         ({"length": 2048, "layout": Layout((2048,))}, CAPPED, "flex"),
         ({"length": 1}, CAPPED, "blockwise"),

@@ -161,9 +161,11 @@ def preference(
         if packed or spec.rule.size:
             return ("varlen", "sdpa", "blockwise")
         return ("sdpa", "varlen", "blockwise")
-    # sdpa would compute everything that the rule hides.
-    hides_most = view.new_at is None and spec.rule.size > 0 and view.positions_BS.size(1) >= LONG
-    return ("flex", "sdpa", "blockwise") if many and hides_most else ("sdpa", "blockwise")
+    # sdpa would compute everything that the rule hides, and keep the mask for a backward pass.
+    apart = view.new_at is None and view.positions_BS.size(1) >= LONG
+    kept = torch.is_grad_enabled() and spec.rule.kind != "full"
+    masked = many and apart and (kept or spec.rule.size > 0)
+    return ("flex", "sdpa", "blockwise") if masked else ("sdpa", "blockwise")
 
 
 @constant_in_graphs

@@ -97,11 +97,11 @@ CEILINGS = {
     "lora": 607,
     "chat": 896,
     "checkpoints": 4_980,
-    "distributed": 1_318,
+    "distributed": 1_322,
     "data": 2_203,
     "inference": 2_174,
     "evaluation": 1_371,
-    "training": 4_337,
+    "training": 4_349,
     "verify": 3_051,
     "cli": 1_806,
 }

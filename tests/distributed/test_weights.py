@@ -387,15 +387,18 @@ def test_a_rank_of_four_has_at_most_a_third_of_the_memory() -> None:
     assert rank["peak"] < 0.35 * one["peak"]
 
 
+DISTILL = {"objective": "distill", "method": "full"}
 RUNS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], dict[str, int]]] = {
     "all weights": (chats, {"method": "full"}, {"shard": 2}),
     "adapter beside codes": (chats, {"quantize": {"kind": "nf4", "group": 0}}, {"tensor": 2}),
     "single answers": (judged, {"objective": "kto"}, {"shard": 2}),
     "preferences": (preferences, {"objective": "dpo"}, {"tensor": 2}),
-    "teacher": (
+    "teacher": (chats, {**DISTILL, "teacher": "deep"}, {"context": 2}),
+    "teacher in a pipeline": (chats, {**DISTILL, "teacher": "deep"}, {"pipeline": 2}),
+    "teacher that tensor ranks cannot divide": (
         chats,
-        {"objective": "distill", "method": "full", "teacher": "large"},
-        {"context": 2},
+        {**DISTILL, "teacher": "one head"},
+        {"tensor": 2},
     ),
     "new rows": (chats, {"method": "full", "new_tokens": ["<|x|>"]}, {"shard": 2}),
     "new rows of an adapter": (chats, {"new_tokens": ["<|x|>"]}, {"tensor": 2}),
@@ -421,7 +424,7 @@ def fine_tuned(folder: Path, out: str, divided: bool) -> dict[str, list[float]]:
         data = folder / f"{rows.__name__}.jsonl"
         words = (f"out={folder / out / rows.__name__}", "dtype=float32")
         if "teacher" in finetune:
-            words += (f"finetune.teacher={folder / 'large'}",)
+            words += (f"finetune.teacher={folder / finetune['teacher']}",)
         args = run_args(folder, folder / "base", data, *words, **finetune)
         trainer = open_run(args, quiet=True, overwrite=True, meshes=meshes)
         losses = [trainer.step().loss, trainer.step().loss]
@@ -433,7 +436,8 @@ def fine_tuned(folder: Path, out: str, divided: bool) -> dict[str, list[float]]:
 @pytest.mark.slow
 def test_fine_tuning_on_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     base_folder(tmp_path / "base")
-    base_folder(tmp_path / "large", n_layers=3)
+    base_folder(tmp_path / "deep", n_layers=3)
+    base_folder(tmp_path / "one head", n_heads=1, n_kv_heads=1)
     for rows in {rows for rows, _, _ in RUNS.values()}:
         rows(tmp_path / f"{rows.__name__}.jsonl")
     alone = fine_tuned(tmp_path, "alone", False)
@@ -484,10 +488,14 @@ def test_a_step_of_grpo_on_ranks_is_that_of_one_process(tmp_path: Path) -> None:
 def peak(folder: Path, finetune: dict[str, Any], degrees: dict[str, int]) -> int:
     """Return the bytes that a rank takes from opening a run to the end of its first step."""
     meshes = Meshes.make(ParallelArgs(**degrees), "cpu")
-    for base in ("small", "large"):  # the first run of a process also takes what any run does
+    for size in ("small", "large"):  # the first run of a process also takes what any run does
+        of_teacher = finetune.get("objective") == "distill"
+        base, teacher = ("small", {"teacher": str(folder / size)}) if of_teacher else (size, {})
         reset_peak_memory(torch.device("cpu"))
         before = resident_bytes()
-        args = run_args(folder, folder / base, folder / "chats.jsonl", "dry_run=false", **finetune)
+        args = run_args(
+            folder, folder / base, folder / "chats.jsonl", "dry_run=false", **finetune, **teacher
+        )
         trainer = open_run(args, quiet=True, overwrite=True, meshes=meshes)
         trainer.step()
         trainer.run.release()
@@ -501,7 +509,7 @@ def write_bases(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_no_rank_has_all_of_the_base_that_it_fine_tunes(tmp_path: Path) -> None:
+def test_no_rank_has_all_of_the_base_or_the_teacher(tmp_path: Path) -> None:
     chats(tmp_path / "chats.jsonl")
     # In a process of its own, since ranks would inherit memory that it has freed.
     run_ranks(write_bases, 1, tmp_path, tmp_path)
@@ -511,6 +519,7 @@ def test_no_rank_has_all_of_the_base_that_it_fine_tunes(tmp_path: Path) -> None:
         ({}, {"shard": 4}, 0.75),
         (codes, {"shard": 2, "tensor": 2}, 0.4),
         (codes, {"pipeline": 4}, 0.5),
+        ({"objective": "distill"}, {"tensor": 2, "shard": 2}, 0.6),
     ):
         (here := tmp_path / "-".join(degrees)).mkdir()
         found = run_ranks(peak, 4, here, tmp_path, finetune, degrees)

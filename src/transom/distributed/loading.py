@@ -38,18 +38,28 @@ def allocate(args: ModelArgs, meshes: Meshes | None, device: torch.device) -> LL
     return model.to_empty(device=device)
 
 
-def load_parts(folder: Path, meshes: Meshes, device: torch.device) -> LLM:
-    """Return a model in float32 with this rank's parts of its weights.
+def load_parts(
+    folder: Path,
+    meshes: Meshes,
+    device: torch.device,
+    dtype: str = "float32",
+    *,
+    keep_quantized: bool | None = False,
+) -> LLM:
+    """Return a model with this rank's parts of its weights.
 
     Args:
-        folder: A model folder of any format. Quantized weights are dequantized.
+        folder: A model folder of any format.
         meshes: The ranks.
         device: The device of this rank.
+        dtype: As for `load`.
+        keep_quantized: As for `load`.
 
     Raises:
-        RequestError: The files are damaged or do not fit the config.
+        RequestError: The files are damaged or do not fit the config, or the model cannot be
+            divided.
     """
-    model, weights = open_weights(folder, "float32")
+    model, weights = open_weights(folder, dtype, keep_quantized=keep_quantized)
     read_parts(model, weights, meshes, device, shown_name(folder))
     return model
 

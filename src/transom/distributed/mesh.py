@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 
@@ -70,6 +70,13 @@ class Meshes:
             # torch finds this mesh by itself, and warns if it has to reduce over both in turn.
             experts["rest", "expert"]._flatten("all_experts")
         return cls(args, device_type, dense, experts, groups)
+
+    def of_stage(self) -> Meshes:
+        """Return the meshes for a second model, which the ranks of one stage divide.
+
+        Its experts are divided as other weights are, since it may have none.
+        """
+        return replace(self, args=replace(self.args, pipeline=1, expert=1), experts=None)
 
     def set_timeout(self, limit: timedelta) -> None:
         """Limit the time of each call that waits for other ranks; new groups take a default."""

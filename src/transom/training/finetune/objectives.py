@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from transom.base.errors import RequestError, notice
 from transom.base.runtime import dtype_name, evaluating
+from transom.checkpoints.files.location import find_model
 from transom.checkpoints.load import load
 from transom.checkpoints.open_model import load_tokenizer
+from transom.checkpoints.read_args import read_args
+from transom.checkpoints.state import meta_model
 from transom.distributed.checkpoint import between_steps
+from transom.distributed.loading import load_parts
+from transom.distributed.pipeline import stage_of
 from transom.distributed.ranks import Ranks
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
@@ -51,7 +57,7 @@ def finetune_objective(
     if finetune.objective == "distill":
         assert finetune.teacher is not None, "FinetuneArgs checks it"
         tokenizer.check_same_tokens(load_tokenizer(finetune.teacher), "teacher")
-        teacher = load(finetune.teacher, str(model.device), dtype_name(dtype))
+        teacher = open_teacher(finetune.teacher, model, dtype, ranks)
         return Distillation(model, teacher, finetune, chunk, ranks)
     reference = None
     if finetune.method == "full" and finetune.objective in ("dpo", "ipo"):
@@ -62,3 +68,24 @@ def finetune_objective(
             reference = precompute_reference(model, batches, chunk)
         between_steps(model)  # the optimizer takes the parts of the parameters
     return Preference(model, finetune, chunk, reference, ranks)
+
+
+def open_teacher(name: str, model: LLM, dtype: torch.dtype, ranks: Ranks) -> LLM:
+    """Return the teacher of a model, of which ranks that divide the model have their parts.
+
+    In a pipeline only the last stage has one, on the meta device elsewhere. A teacher that cannot
+    be divided is read by every rank.
+
+    Raises:
+        RequestError: As for `load`.
+    """
+    location, stage, kind = find_model(name), stage_of(model), dtype_name(dtype)
+    if stage is not None and not stage.last:
+        return meta_model(read_args(location.model))
+    if ranks.meshes is not None and ranks.divided and location.adapter is None:
+        meshes = ranks.meshes.of_stage()
+        try:
+            return load_parts(location.model, meshes, ranks.device, kind, keep_quantized=None)
+        except RequestError as error:
+            notice(f"finetune.teacher: rank {ranks.rank} reads all of it, since {error}")
+    return load(location, str(ranks.device), kind)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, expect, notice
+from transom.base.errors import RequestError, expect
 from transom.data.batch import NO_TARGET, Batch
 from transom.distributed.ranks import ALONE, Ranks
 from transom.evaluation.score import Score
@@ -112,7 +112,9 @@ class Distillation(Objective):
         own, size = self.model.args.vocab_size, self.teacher.args.vocab_size
         if own != size:
             common = f"the first {min(own, size):,} are compared"
-            notice(f"teacher: has logits of {size:,} tokens, the student of {own:,}; {common}")
+            self.ranks.say(
+                f"teacher: has logits of {size:,} tokens, the student of {own:,}; {common}"
+            )
         self.teacher.requires_grad_(False).eval()
 
     def loss(self, output: TransformerOutput, micro: Batch, units: Tensor) -> dict[str, Tensor]:

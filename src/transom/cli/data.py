@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.base.errors import expect, notice, require
 from transom.base.yaml_files import read_yaml
-from transom.cli.finetune import FLAGS, fields_of_flags
+from transom.cli.finetune import FLAGS, Flag, fields_of_flags
 from transom.cli.main import emit_json, user_path
 from transom.cli.options import add_json, add_revision, option, require_unset
 from transom.cli.runs import add_words, split_words
@@ -30,13 +30,18 @@ if TYPE_CHECKING:
     from transom.tokenizers.tokenizer import Tokenizer
     from transom.training.finetune.check import FinetuneSet
 
-# Flags of this verb alone, and the fields that they set.
-FIELDS = {
-    "chat_template": "finetune.template",
-    "train_on": "finetune.train_on",
-    "truncate": "finetune.truncate",
-    "seed": "seed",
-}
+# Flags that set fields of fine-tuning: those of `finetune` and three more.
+FIELDS: tuple[Flag, ...] = (
+    *(flag for flag in FLAGS if flag[0] != "--out"),
+    (
+        "--chat-template",
+        "finetune.template",
+        user_path,
+        "a built-in template, one of the folder's by name, or a file",
+    ),
+    ("--train-on", "finetune.train_on", str, "turns that have loss: assistant (default) or all"),
+    ("--truncate", "finetune.truncate", str, "what happens to longer rows: cut (default) or drop"),
+)
 # What the counts of `check` mean, besides `COUNTS`.
 WORDS = {
     "longest": "length of the longest row, tokens",
@@ -65,17 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_revision(parser)
     option(parser, "--split SPLIT", "train (default), valid or test", default="train")
     add_words(parser, "as for finetune")
-    which = "a built-in template, one of the folder's by name, or a file (finetune.template)"
-    option(parser, "--chat-template NAME", which, user_path)
-    turns = "which turns have loss (finetune.train_on; default: assistant)"
-    parser.add_argument("--train-on", choices=("assistant", "all"), help=turns)
-    longer = "what happens to longer rows (finetune.truncate; default: cut)"
-    parser.add_argument("--truncate", choices=("cut", "drop"), help=longer)
-    for flag, field, kind, meaning in FLAGS:
-        if flag != "--out":
-            names = f"--seq-len {flag}" if flag == "--max-seq-length" else flag
-            meaning, dest = f"as for finetune: {meaning} ({field})", flag[2:].replace("-", "_")
-            option(parser, f"{names} X", meaning, kind, dest=dest)
+    for flag, field, kind, meaning in FIELDS:
+        names = f"--seq-len {flag}" if flag == "--max-seq-length" else flag
+        dest = flag[2:].replace("-", "_")
+        option(parser, f"{names} X", f"{meaning} ({field})", kind, dest=dest)
     index = "show: number of the example or packed row, from 0 (default: 0)"
     option(parser, "--index N", index, int)
     option(parser, "--packed", "show: print a row of several examples, as in training")
@@ -96,9 +94,9 @@ def run(options: argparse.Namespace) -> dict[str, Any] | int:
     require_unset(options, tokenizes, "with tokenize", "out", "workers", "part")
     expect((options.index or 0) >= 0, "--index", options.index, "0 or more")
     path, words = split_words(options.words)
-    fields = {field: getattr(options, flag) for flag, field in FIELDS.items()}
-    fields |= fields_of_flags(argparse.Namespace(**{**vars(options), "out": None}))
-    overrides = [f"{field}={value}" for field, value in fields.items() if value is not None]
+    fields = fields_of_flags(options, FIELDS)
+    overrides = [f"{field}={value}" for field, value in fields.items()]
+    overrides += [] if options.seed is None else [f"seed={options.seed}"]
     if tokenizes:
         given = overrides + options.words
         expect(not given, "tokenize", given, "no fields of fine-tuning")

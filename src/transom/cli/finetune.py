@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transom.base.yaml_files import read_yaml
@@ -22,23 +23,15 @@ from transom.training.effects import check_effects
 from transom.training.finetune.args import FinetuneArgs
 from transom.training.finetune.config import EMBEDDED, finetune_args, resumed_args
 
+Flag = tuple[str, str, Callable[[str], Any], str]  # name, field, type, help
+
 # Flags that users of other tools know, and the fields they set.
-FLAGS = (
+FLAGS: tuple[Flag, ...] = (
     ("--method", "finetune.method", str, "lora or full (all weights)"),
     ("--objective", "finetune.objective", str, "sft, dpo, ipo, orpo, kto, distill or grpo"),
     ("--rank", "finetune.lora.rank", int, "rank of the adapter"),
-    (
-        "--quantize",
-        "finetune.quantize.kind",
-        str,
-        "nf4, int4 or int8: quantize the frozen base",
-    ),
-    (
-        "--teacher",
-        "finetune.teacher",
-        str,
-        "model to distill from (as MODEL)",
-    ),
+    ("--quantize", "finetune.quantize.kind", str, "nf4, int4 or int8: quantize the frozen base"),
+    ("--teacher", "finetune.teacher", str, "model to distill from (as MODEL)"),
     ("--epochs", "finetune.epochs", float, "passes over the examples"),
     ("--iters", "steps", int, "optimizer steps, instead of epochs"),
     ("--batch-size", "data.batch_size", int, "rows per step"),
@@ -101,9 +94,9 @@ def config_of(options: argparse.Namespace) -> TrainArgs:
     return finetune_args(*given) if resumed is None else resumed
 
 
-def fields_of_flags(options: argparse.Namespace) -> dict[str, Any]:
+def fields_of_flags(options: argparse.Namespace, flags: Sequence[Flag] = FLAGS) -> dict[str, Any]:
     """Return the fields that the given flags set, and their values."""
-    values = {field: getattr(options, flag[2:].replace("-", "_")) for flag, field, *_ in FLAGS}
+    values = {field: getattr(options, flag[2:].replace("-", "_")) for flag, field, *_ in flags}
     return {field: value for field, value in values.items() if value is not None}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transom.base.copies import to_device
 from transom.config.layer_args import LayerRule
 
 
@@ -125,3 +126,17 @@ def positions_from_sizes(sizes: Sequence[int], device: torch.device | str | None
 def segments_from_sizes(sizes: Sequence[int], device: torch.device | str | None = None) -> Tensor:
     """Return the document index int64 [sum(sizes)] of every packed token."""
     return torch.repeat_interleave(torch.tensor(list(sizes), device=device))
+
+
+def place_documents(sizes: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the positions and the document indices int64 [B, T] of packed rows.
+
+    They are computed on the host: a size that depends on numbers would make it wait for a GPU.
+
+    Args:
+        sizes: The document lengths of each row. All rows have the same sum.
+        device: Where the results go.
+    """
+    positions_BT = torch.stack([positions_from_sizes(row) for row in sizes])
+    segments_BT = torch.stack([segments_from_sizes(row) for row in sizes])
+    return to_device(positions_BT, device), to_device(segments_BT, device)

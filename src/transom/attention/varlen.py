@@ -20,6 +20,7 @@ from transom.attention.mask import MaskSpec
 from transom.attention.reference import repeat_kv
 from transom.attention.sdpa import by_documents, clear_padding, document_sizes
 from transom.attention.view import CacheView, ScoreArgs
+from transom.base.copies import to_device
 
 
 def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> str | None:
@@ -96,8 +97,8 @@ def _document_ends(spec: MaskSpec, device: torch.device) -> tuple[Tensor, int]:
     if "varlen" not in tables:
         assert spec.layout is not None, "checked by by_documents"
         sizes = list(document_sizes(spec.layout, spec.rule))
-        ends = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)
-        tables["varlen"] = (ends, max(sizes))
+        ends = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
+        tables["varlen"] = (to_device(ends, device), max(sizes))
     return tables["varlen"]
 
 

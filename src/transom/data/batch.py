@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transom.base.copies import to_device
 from transom.layers.inputs import TransformerInput
 
 NO_TARGET = (
@@ -93,7 +94,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return this batch on another device."""
-        return self._changed(lambda tensor: tensor.to(device))
+        return self._changed(lambda tensor: to_device(tensor, device))
 
     def micro_batches(self, count: int) -> Iterator[Batch]:
         """Yield the rows in `count` groups of equal size."""

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from transom.attention.backends import Attend
-from transom.attention.mask import MaskSpec, positions_from_sizes, segments_from_sizes
+from transom.attention.mask import MaskSpec, place_documents
 from transom.attention.view import CacheView, ScoreArgs
 from transom.data.batch import NO_TARGET, Batch
 from transom.distributed.ring_attention import ring
@@ -104,5 +104,4 @@ def places(batch: Batch) -> tuple[Tensor, Tensor | None]:
             positions_BT = positions_BT.masked_fill(positions_BT >= batch.lengths[:, None], -1)
         return positions_BT, None
     sizes = [[one] if isinstance(one, int) else list(one) for one in inputs.sizes]
-    positions = torch.stack([positions_from_sizes(row, device) for row in sizes])
-    return positions, torch.stack([segments_from_sizes(row, device) for row in sizes])
+    return place_documents(sizes, device)

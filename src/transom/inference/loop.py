@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transom.base.copies import runs_ahead, to_host
 from transom.base.errors import RequestError, expect
 from transom.cache.model_cache import ModelCache
 from transom.config.model_args import ModelArgs
 from transom.inference.compiled import compiled_steps
-from transom.inference.copies import runs_ahead, to_host
 from transom.inference.decode_args import DEFAULT, DecodeArgs
 from transom.inference.decode_plan import alone, decode_plan
 from transom.inference.forward import (

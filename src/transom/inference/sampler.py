@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from transom.base.copies import to_device
 from transom.base.errors import expect
 from transom.base.runtime import mixed_seed
-from transom.inference.copies import to_device
 from transom.inference.sampling import SamplingArgs
 
 DRAWS = 64  # uniform numbers per row that go to the device at a time

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transom.attention.backends import Attend
-from transom.attention.mask import Layout, MaskSpec, positions_from_sizes, segments_from_sizes
+from transom.attention.mask import Layout, MaskSpec, place_documents
 from transom.base.errors import RequestError, expect
 from transom.cache.model_cache import ModelCache
 from transom.config.layer_args import LayerRule, RopeScaling
@@ -83,10 +83,8 @@ def place_tokens(inputs: TransformerInput, cache: ModelCache | None) -> Place:
         return Place(cache.lengths_B[:, None] + offsets_1T, None, layout)
     if inputs.sizes is not None:
         sizes = packed_sizes(inputs.sizes, rows, count)
-        positions_BT = torch.stack([positions_from_sizes(row, device) for row in sizes])
-        segments_BT = torch.stack([segments_from_sizes(row, device) for row in sizes])
         documents = tuple(size for row in sizes for size in row)
-        return Place(positions_BT, segments_BT, Layout(documents))
+        return Place(*place_documents(sizes, device), Layout(documents))
     if isinstance(inputs.tokens_position, Tensor):
         return Place(torch.atleast_2d(inputs.tokens_position.to(device)), inputs.segments, None)
     start = inputs.tokens_position or 0

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from transom.base.copies import to_device
 from transom.base.errors import RequestError, WorkError, expect, notice, one_line
 from transom.base.interrupts import STOPS
 from transom.base.runtime import is_out_of_memory, memory_bytes, reset_peak_memory, synchronize
@@ -157,15 +158,15 @@ class Stepper:
         counts = {name: sums.pop(name) for name in RouterCounts._fields if name in sums}
         router = RouterCounts(**counts) if counts else None
         parts = {name: float(value) for name, value in sums.items()}
-        loss = parts.pop("loss")
+        loss, tokens = parts.pop("loss"), int(totals.tokens)
         if not math.isfinite(loss):
             raise self._nonfinite(f"the loss is {loss}", micro_batches)
         with self.clock.part("optimizer"):
             grad_norm = self._apply(router, micro_batches)
         self.progress.step += 1
-        self.progress.tokens += int(totals.tokens)
+        self.progress.tokens += tokens
         row_length = max(micro.row_length for micro in micro_batches)
-        return StepResult(loss, grad_norm, row_length, int(totals.tokens), parts, router)
+        return StepResult(loss, grad_norm, row_length, tokens, parts, router)
 
     def _next_batch(self) -> tuple[list[Batch], StepTotals]:
         """Return the micro-batches of the next step, and its totals over ranks."""
@@ -177,8 +178,8 @@ class Stepper:
         short = self.progress.step < self.args.short_rows * self.args.steps
         if short:
             batch = batch.split_rows(self.args.short_rows_split)
-        units = self.objective.units(batch).to(self.device, torch.float32)
-        tokens = torch.tensor(float(batch.real_tokens), device=self.device)
+        units = to_device(self.objective.units(batch).float(), self.device)
+        tokens = to_device(torch.tensor(float(batch.real_tokens)), self.device)
         self.ranks.sum(units)
         self.ranks.sum(tokens)
         totals = StepTotals(units.clamp(min=1e-9), tokens)
@@ -275,8 +276,8 @@ class Stepper:
 
         A step whose float16 gradients overflow changes no weight and is counted.
         """
-        norm = self._reduced_norm()
-        finite = bool(torch.isfinite(norm))
+        norm = float(self._reduced_norm())  # the device works on the update while the host goes on
+        finite = math.isfinite(norm)
         if not finite and not self.scaler.is_enabled():
             raise self._nonfinite("the gradient is not finite", micro_batches)
         # All optimizers or none: clipping spreads an overflow over the gradients of all of them.
@@ -286,11 +287,11 @@ class Stepper:
             self._follow(router)
         else:  # the scaler has looked at the gradients of this rank only
             for state in self.scaler._per_optimizer_states.values():
-                state["found_inf_per_device"] = {self.device: torch.ones_like(norm).float()}
+                state["found_inf_per_device"] = {self.device: torch.ones((), device=self.device)}
         self.scaler.update()
         self.progress.skipped_steps += not finite
         self.optimizers.zero_grad()
-        return float(norm)
+        return norm
 
     def _follow(self, router: RouterCounts | None) -> None:
         """Update what follows the weights: choice biases of experts, and their moving average."""

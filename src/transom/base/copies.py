@@ -34,6 +34,7 @@ def to_host(ids_B: Tensor) -> Callable[[], list[int]]:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on a device, without waiting for the device."""
-    pinned = values.pin_memory() if device.type == "cuda" else values
-    return pinned.to(device, non_blocking=True)
+    """Return a tensor on a device. A tensor of the host goes to a GPU without waiting for it."""
+    if device.type != "cuda" or values.device.type != "cpu":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

@@ -80,8 +80,7 @@ class DraftModel:
             ids.append(int(id_1))
             if len(ids) == most:
                 break
-            last_11 = torch.tensor([ids[-1:]], device=self.model.device)
-            inputs = TransformerInput(last_11, logits="last")
+            inputs = TransformerInput(id_1[:, None].to(self.model.device), logits="last")
             logits_1V = forward_logits(self.model, inputs, cache, self._plan)[:, 0]
         self._cache, self._cached = cache, (tokens + ids)[: cache.bound]
         return Proposal(ids, probs)

@@ -126,10 +126,9 @@ def verify(
     Raises:
         WorkError: Logits are NaN or infinite.
     """
+    check_finite(bool(not_finite(logits_TV).any()), logits_TV.dtype)
     new: list[int] = []
-    for place, logits_V in enumerate(logits_TV):
-        logits_1V = logits_V[None]
-        check_finite(bool(not_finite(logits_1V)), logits_1V.dtype)
+    for place, logits_1V in enumerate(logits_TV.split(1)):
         drafted = proposal.ids[place] if place < len(proposal.ids) else None
         if drafted is not None and proposal.probs:
             new.append(sampler.accept_or_replace(logits_1V, drafted, proposal.probs[place]))

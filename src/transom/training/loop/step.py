@@ -157,7 +157,7 @@ class Stepper:
             self.ranks.sum_parts(total)
         counts = {name: sums.pop(name) for name in RouterCounts._fields if name in sums}
         router = RouterCounts(**counts) if counts else None
-        parts = {name: float(value) for name, value in sums.items()}
+        parts = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True))
         loss, tokens = parts.pop("loss"), int(totals.tokens)
         if not math.isfinite(loss):
             raise self._nonfinite(f"the loss is {loss}", micro_batches)

@@ -73,11 +73,14 @@ def target_log_probs(
             logits_TV = logits_TV / temperature
         return -F.cross_entropy(logits_TV, targets_T, reduction="none")
 
-    has_target_BT = targets_BT != NO_TARGET
-    targets_T = targets_BT[has_target_BT]
+    # Indices and not masks: the host waits for a GPU once, and the backward pass never does.
+    places_T = (targets_BT.flatten() != NO_TARGET).nonzero()[:, 0]
+    targets_T = targets_BT.flatten().index_select(0, places_T)
+    hidden_TD = hidden_BTD.flatten(0, -2).index_select(0, places_T)
     tokens = chunk_tokens(len(targets_T), model.args.vocab_size) if chunk is None else chunk
-    found_T = torch.cat(by_chunks(log_probs, tokens, hidden_BTD[has_target_BT], targets_T))
-    return found_T.new_zeros(targets_BT.shape).masked_scatter(has_target_BT, found_T)
+    found_T = torch.cat(by_chunks(log_probs, tokens, hidden_TD, targets_T))
+    found_BT = found_T.new_zeros(targets_BT.numel()).index_copy(0, places_T, found_T)
+    return found_BT.view(targets_BT.shape)
 
 
 @torch.no_grad()

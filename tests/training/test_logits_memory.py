@@ -12,7 +12,7 @@ from tests.training.runs import tiny_args
 from transom.evaluation import bits
 from transom.tokenizers.training import byte_tokenizer
 from transom.training.loop.setup import open_run
-from transom.training.losses import cross_entropy
+from transom.training.losses import log_probs
 
 VOCABULARY = byte_tokenizer().vocab_size
 VOCABULARIES = (VOCABULARY, VOCABULARY + 1)  # with a new token
@@ -41,8 +41,8 @@ class Widest(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "PLAIN_LOGITS", CHUNK * VOCABULARY)
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", CHUNK * VOCABULARY)
+    monkeypatch.setattr(log_probs, "PLAIN_LOGITS", CHUNK * VOCABULARY)
+    monkeypatch.setattr(log_probs, "CHUNK_LOGITS", CHUNK * VOCABULARY)
     monkeypatch.setattr(bits, "LOGITS", CHUNK * VOCABULARY)
 
 

@@ -1,7 +1,9 @@
 """Layers on several stages: one model in all that is asked of it."""
 
 import itertools
+from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from transom.data.batch import NO_TARGET, Batch
 from transom.distributed.mesh import Meshes
 from transom.distributed.parallelize import parallelize
 from transom.distributed.parts import local_part
-from transom.distributed.pipeline import divide_layers, stage_layers, stage_of
+from transom.distributed.pipeline import divide_layers, scored, stage_layers, stage_of
 from transom.distributed.ranks import ALONE, Ranks
 from transom.inference.loop import generate
 from transom.layers.inputs import TransformerInput
@@ -162,6 +164,10 @@ def calls(model):
     with torch.no_grad():
         output = model(TransformerInput(rows.tokens, lengths=rows.lengths))
         score = NextToken(model, chunk=5).evaluate([rows])
+        with mock.patch.object(torch.distributed, "broadcast") as waits:
+            halves = partial(NextToken(model, chunk=5).evaluate, [*rows.micro_batches(2)])
+            assert scored(model, halves).value == pytest.approx(score.value, rel=1e-9)
+        assert not waits.called, "a stage waits for the last one between batches"
     real = (torch.arange(12) < rows.lengths[:, None]).unsqueeze(-1)
     tokens = generate(model, [[3, 1, 4], [1, 5]], 6, temperature=1.0, seed=2)
     states = (output.logits * real, output.hidden_BTD * real, torch.tensor(score.value), tokens)

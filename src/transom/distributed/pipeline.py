@@ -40,7 +40,8 @@ Compute = Callable[[Batch], tuple[Tensor, Tensor]]
 class Stage:
     """The part of a pipeline on this rank.
 
-    Calls of the model without gradients return the same hidden states and logits on all stages.
+    Calls of the model without gradients return the same hidden states and logits on all stages,
+    except in `scored`.
 
     Attributes:
         model: The model, with the layers of this stage.
@@ -64,6 +65,7 @@ class Stage:
         self._made_for: tuple[int, ...] = ()
         self._compute: Callable[..., Tensor] | None = None  # while the schedule runs
         self._received_BTD: Tensor | None = None
+        self._waits = True  # for the results of the last stage
 
     def run(self, micro_batches: Sequence[Batch], compute: Compute) -> None:
         """Run micro-batches forward and backward through all stages.
@@ -159,11 +161,26 @@ class Stage:
         wide, shape = torch.promote_types(h_D.dtype, torch.float32), h_D.shape[:-1]
         if self.last:
             return self._from_last(LLM.project(self.model, h_D).to(wide).contiguous())
-        return self._from_last(h_D.new_empty(*shape, self.model.args.vocab_size, dtype=wide))
+        return self._from_last(h_D.new_zeros(*shape, self.model.args.vocab_size, dtype=wide))
 
     def _from_last(self, tensor: Tensor) -> Tensor:
-        dist.broadcast(tensor, group=self._group, group_src=self.count - 1)
+        if self._waits:
+            dist.broadcast(tensor, group=self._group, group_src=self.count - 1)
         return tensor
+
+    def scored(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns on the last stage.
+
+        Its calls of the model run through all stages at once: none but the last stage waits for
+        hidden states after all layers or for logits, and the others go on with numbers that have
+        no meaning. Which calls `work` makes must therefore not depend on them.
+        """
+        self._waits = False
+        try:
+            found = work()
+        finally:
+            self._waits = True
+        return self.joined(found)[-1]
 
     def init_weights(self, seed: int = 0, copy: Copy = Tensor.copy_) -> None:
         """Draw the weights of this stage as those of the whole model; see `LLM.init_weights`."""
@@ -323,3 +340,9 @@ def divide_layers(model: LLM, mesh: DeviceMesh) -> None:
 def stage_of(model: nn.Module) -> Stage | None:
     """Return the stage that a model is divided into; None if it has all layers."""
     return vars(model).get("stage")
+
+
+def scored(model: nn.Module, work: Callable[[], T]) -> T:
+    """Return what `work` returns, which only scores with a model; see `Stage.scored`."""
+    stage = stage_of(model)
+    return work() if stage is None else stage.scored(work)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from transom.base.errors import RequestError, notice
@@ -13,7 +15,7 @@ from transom.checkpoints.read_args import read_args
 from transom.checkpoints.state import meta_model
 from transom.distributed.checkpoint import between_steps
 from transom.distributed.loading import load_parts
-from transom.distributed.pipeline import stage_of
+from transom.distributed.pipeline import scored, stage_of
 from transom.distributed.ranks import Ranks
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
@@ -65,7 +67,7 @@ def finetune_objective(
         kind, enabled = model.device.type, dtype != torch.float32
         with evaluating(model), torch.autocast(kind, dtype, enabled=enabled):
             batches = (*held_batches(data.train), *data.held_out)
-            reference = precompute_reference(model, batches, chunk)
+            reference = scored(model, partial(precompute_reference, model, batches, chunk))
         between_steps(model)  # the optimizer takes the parts of the parameters
     return Preference(model, finetune, chunk, reference, ranks)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from transom.base.errors import WorkError
 from transom.base.runtime import memory_bytes
-from transom.distributed.pipeline import stage_of
+from transom.distributed.pipeline import scored, stage_of
 from transom.distributed.ranks import Ranks
 from transom.evaluation.bits import first_documents, score_each
 from transom.evaluation.experts import expert_tokens, token_row
@@ -130,15 +131,16 @@ class Monitor:
         held_out = self.data.held_out
         if not isinstance(held_out, Mapping):
             items = self.ranks.share(held_out)
-            return {"": self.objective.evaluate(items)} if held_out else {}
+            score = partial(self.objective.evaluate, items)
+            apart = self.objective.generates
+            return {"": score() if apart else scored(self.model, score)} if held_out else {}
         bos = self.tokenizer.bos_id if self.tokenizer.adds_bos else None
         eos, window = self.tokenizer.eos_id, self.args.data.seq_len
         scores = {}
         for name, file in held_out.items():
             chosen = self.ranks.share(first_documents(file, bos, eos, max_tokens))
-            each = score_each(
-                self.model, file, bos_id=bos, eos_id=eos, window=window, indices=chosen
-            )
+            framed = partial(score_each, bos_id=bos, eos_id=eos, window=window, indices=chosen)
+            each = scored(self.model, partial(framed, self.model, file))
             scores[name] = sum(each, Score())
         return scores
 

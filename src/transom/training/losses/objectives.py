@@ -26,7 +26,13 @@ from transom.training.losses.heads import head_loss_sum, score_head
 
 
 class Objective(ABC):
-    """What a run minimises. The trainer calls it without knowing which one it is."""
+    """What a run minimises. The trainer calls it without knowing which one it is.
+
+    Attributes:
+        generates: Whether `evaluate` calls the model with tokens that it has generated.
+    """
+
+    generates = False
 
     def prepare(self, batch: Any) -> Batch:
         """Return the batch to learn from, once per step.

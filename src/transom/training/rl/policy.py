@@ -163,6 +163,7 @@ class PolicyGradient(Objective):
         ranks: The ranks of the run.
     """
 
+    generates = True
     model: LLM
     tokenizer: Tokenizer
     reward: Reward

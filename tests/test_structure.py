@@ -87,7 +87,7 @@ CEILINGS = {
     "config": 698,
     "planning": 487,
     "attention": 708,
-    "ops": 219,
+    "ops": 220,
     "layers": 755,
     "cache": 462,
     "names": 127,

@@ -2,6 +2,7 @@
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,19 @@ def test_the_library_is_compiled_once(fresh, monkeypatch):
     with collected_notices() as notices:
         assert build.built() == path
     assert notices == []
+
+
+def test_what_another_process_compiles_is_waited_for(fresh, monkeypatch):
+    compiler(fresh, 'case "$*" in *-dM*) echo macros;; *) exit 3;; esac', monkeypatch)
+
+    @contextmanager
+    def other(path, *, wait):
+        assert wait
+        path.write_text("compiled")
+        yield
+
+    monkeypatch.setattr(build, "FolderLock", other)
+    assert build.built().read_text() == "compiled"
 
 
 def test_another_processor_or_compiler_gets_its_own_library(fresh, monkeypatch):

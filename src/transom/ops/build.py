@@ -15,6 +15,7 @@ from pathlib import Path
 
 from transom.base.errors import WorkError, expect, notice
 from transom.base.files import cache_dir, writing
+from transom.base.locks import FolderLock
 
 UNITS = ("block.cpp", "products.cpp")  # every file that is compiled on its own
 HEADERS = tuple(sorted(path.name for path in Path(__file__).parent.glob("*.h")))
@@ -51,8 +52,8 @@ def loaded() -> ctypes.CDLL | None:
 def built() -> Path:
     """Return the library in the cache folder, which is compiled if it isn't there.
 
-    Its name depends on the C++ files, the compiler, and the instructions of this processor. It is
-    written under a temporary name first, so that several processes can compile at the same time.
+    Its name depends on the C++ files, the compiler, and the instructions of this processor. Other
+    processes that need it wait meanwhile.
 
     Raises:
         WorkError: There is no compiler, or it fails, or the cache folder can't be written.
@@ -72,17 +73,18 @@ def built() -> Path:
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=path.parent)
-    with scratch as folder:
-        made = Path(folder) / path.name
-        objects = [f"{folder}/{name}.o" for name in UNITS]
+    with scratch as folder, FolderLock(path, wait=True):
+        if path.exists():  # another process has compiled it
+            return path
+        made, *objects = [f"{folder}/{name}.o" for name in ("all", *UNITS)]
 
         def compiled(name: str, unit: str) -> None:
             _run(found, *FLAGS, "-c", str(here / unit), "-o", name)
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(compiled, objects, UNITS))
-        _run(found, *FLAGS, *objects, "-o", str(made))
-        made.replace(path)
+        _run(found, *FLAGS, *objects, "-o", made)
+        Path(made).replace(path)
     seconds = time.perf_counter() - start
     notice(f"ops: compiled C++ for decoding in {seconds:.0f} s: {path}")
     return path

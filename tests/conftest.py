@@ -45,12 +45,15 @@ def fresh_compiler():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory):
+def _own_cache(tmp_path_factory, pytestconfig):
     """Each process of pytest-xdist has a cache folder; that of the developer is neither read nor
-    changed. They share the compiled library, since compiling takes both cores for seconds.
+    changed. They share the compiled library, since compiling takes both cores for seconds, and so
+    do later runs of pytest: it lies in the folder `.pytest_cache`, if pytest may write there.
     """
     cache, base = tmp_path_factory.mktemp("cache"), tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(pytestconfig, "cache"):
+        (cache / "ops").symlink_to(pytestconfig.cache.mkdir("ops"))
+    elif "PYTEST_XDIST_WORKER" in os.environ:
         shared = base.parent / "ops"
         shared.mkdir(exist_ok=True)
         (cache / "ops").symlink_to(shared)

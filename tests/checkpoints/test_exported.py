@@ -114,7 +114,8 @@ def test_verify_compares_every_sample_and_a_folder(tmp_path):
 
 
 def test_quantized_models_are_exported_dense(tmp_path):
-    model = quantize_model(random_model(tiny_args(dim=64, hidden_dim=64)), QuantizeArgs("int8", 32))
+    args = tiny_args(dim=64, hidden_dim=64, n_layers=1)
+    model = quantize_model(random_model(args), QuantizeArgs("int8", 32))
     with pytest.raises(RequestError, match=r"weight: got 'codes'; expected dense weights"):
         export_programs(model)
     save(model, tmp_path / "model", format="hf")
@@ -155,8 +156,9 @@ def test_a_wrong_request_is_one_sentence_and_writes_nothing(tmp_path, words, tol
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_nothing(made, tmp_path, monkeypatch):
     write_model(tmp_path / "model")
+    monkeypatch.setattr("transom.checkpoints.convert.export_programs", lambda *_: made[1])
 
     def full(*_):
         raise OSError(28, "No space left on device")

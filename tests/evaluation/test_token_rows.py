@@ -44,7 +44,7 @@ def test_joined_texts_fill_rows_of_one_length(found, tmp_path):
         (tmp_path / name).write_text(text)
     rows = rows_of(found, str(tmp_path), tokens=70, joined=True)
     assert [len(row) for row in rows.rows] == [64, 6]
-    many = rows_of(found, "stdlib-docs", tokens=40_000, joined=True)
+    many = rows_of(found, tokens=40_000, joined=True)
     assert many.tokens == 40_000 and {len(row) for row in many.rows} == {64}
 
 

@@ -176,7 +176,7 @@ def test_a_two_layer_encoder_decoder_learns_to_reverse_strings():
         context = encoder(TransformerInput(text, logits="none")).hidden_BTD
         return reader(TransformerInput(given, context=context)).logits
 
-    steps = 200
+    steps = 150
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in range(steps):
         text, given, target = batch(48)

@@ -204,9 +204,10 @@ class Ranks:
 
     def largest(self, number: int) -> int:
         """Return the largest of the ranks' numbers."""
+        if self.world_size == 1:
+            return number
         found = torch.tensor(number, device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(found, dist.ReduceOp.MAX)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
     def first(self, value: T) -> T:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from transom.base.copies import to_device
 from transom.base.errors import RequestError
 from transom.base.runtime import evaluating
 from transom.data.cache import with_progress
@@ -195,7 +196,9 @@ def _score_batch(model: LLM, rows: Sequence[Sequence[Window]]) -> list[WindowSco
     device = model.device
     tokens_BT, lengths = pad_rows([row[0].inputs.tolist() for row in rows])
     longest = tokens_BT.size(1)
-    inputs = TransformerInput(tokens_BT.to(device), lengths=lengths.to(device), logits="none")
+    inputs = TransformerInput(
+        to_device(tokens_BT, device), lengths=to_device(lengths, device), logits="none"
+    )
     hidden_BTD = model(inputs).hidden_BTD
     # Only scored positions get logits.
     members = [(b, one) for b, row in enumerate(rows) for one in row]
@@ -206,13 +209,14 @@ def _score_batch(model: LLM, rows: Sequence[Sequence[Window]]) -> list[WindowSco
     targets = torch.cat([torch.from_numpy(one.targets[one.score_from :]) for _, one in members])
     at_once = max(1, LOGITS // model.args.vocab_size)
     nats, greedy = [], []
-    for places_n, targets_n in zip(
-        places.split(at_once), targets.to(device).split(at_once), strict=True
-    ):
-        logits_nV = model.project(hidden_BTD.flatten(0, 1)[places_n.to(device)]).float()
-        nats.append(F.cross_entropy(logits_nV, targets_n, reduction="none").cpu())
-        greedy.append((logits_nV.argmax(-1) == targets_n).cpu())
+    columns = (to_device(column, device).split(at_once) for column in (places, targets))
+    for places_n, targets_n in zip(*columns, strict=True):
+        logits_nV = model.project(hidden_BTD.flatten(0, 1)[places_n]).float()
+        nats.append(F.cross_entropy(logits_nV, targets_n, reduction="none"))
+        greedy.append(logits_nV.argmax(-1) == targets_n)
     pieces = zip(
-        torch.cat(nats).double().split(counts), torch.cat(greedy).split(counts), strict=True
+        torch.cat(nats).cpu().double().split(counts),
+        torch.cat(greedy).cpu().split(counts),
+        strict=True,
     )
     return [WindowScore(float(nats_n.sum()), bool(greedy_n.all())) for nats_n, greedy_n in pieces]

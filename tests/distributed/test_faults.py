@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch.distributed as dist
 
 from tests.distributed.processes import (
     finish,
@@ -19,10 +20,11 @@ from tests.distributed.processes import (
     words,
 )
 from transom.base.errors import RequestError, WorkError
-from transom.base.interrupts import Terminated
-from transom.base.processes import RESTARTS
+from transom.base.interrupts import Background, Terminated
+from transom.base.processes import RESTARTS, restarts
+from transom.config.parallel_args import ParallelArgs
 from transom.distributed.failures import End, conclude
-from transom.distributed.launch import _outcome
+from transom.distributed.launch import _attempt_store, _check_degrees, _outcome, joined
 from transom.training.loop.progress import TWICE, StopRequest
 
 TWO = ("--nproc", "2")
@@ -68,9 +70,38 @@ def test_which_rank_explains_the_end(monkeypatch):
 
 def test_a_killed_rank_explains_why_the_launcher_stopped_the_others():
     stopped = End.of(Terminated(signal.SIGTERM))
-    assert _outcome([stopped], {1: -signal.SIGKILL}) == (1, "rank 1 was ended by SIGKILL")
-    assert _outcome([stopped], {1: -signal.SIGTERM}) == (143, None)
-    assert _outcome([stopped, replace(stopped, code=129)], {}) == (143, None)
+    assert _outcome([stopped], {1: -signal.SIGKILL}, 1) == (1, "rank 1 was ended by SIGKILL")
+    by_term = (143, "rank 1 was ended by SIGTERM")
+    assert _outcome([stopped], {1: -signal.SIGTERM}, 1) == by_term
+    assert _outcome([stopped, replace(stopped, code=129)], {}, 1) == by_term
+    assert _outcome([replace(stopped, printed=True)], {1: 143}, 1) == (143, None)
+    assert _outcome([], {0: 143}, 0) == (143, None)  # it has printed that itself
+
+
+def test_restarted_ranks_share_no_keys_with_those_before_and_must_have_equal_degrees(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.HashStore()
+
+    def joined_by_two(first, second):
+        other = Background(lambda: _attempt_store(store, 1, 2, ParallelArgs(tensor=second)))
+        parts = _attempt_store(store, 0, 2, ParallelArgs(tensor=first)), other.result(20)
+        assert not parts[0].check(["key"])
+        parts[1].set("key", "")
+        assert parts[0].check(["key"])
+        return parts[1]
+
+    _check_degrees(joined_by_two(1, 1))
+    assert restarts() == 0
+    with pytest.raises(RequestError, match=r"parallel.tensor: got 1 on rank 0 and 2 on rank 1"):
+        _check_degrees(joined_by_two(1, 2))
+    assert restarts() == 1
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "MASTER_PORT"])
+def test_numbers_of_the_environment_are_checked(monkeypatch, name):
+    monkeypatch.setenv(name, "abc")
+    with pytest.raises(RequestError, match=f"{name}: got 'abc'; expected"), joined(ParallelArgs()):
+        pass
 
 
 def test_a_signal_that_comes_twice_at_once_stops_a_rank_after_the_step(monkeypatch):
@@ -168,7 +199,10 @@ def test_a_job_killed_on_four_ranks_resumes_on_two_with_the_same_losses(straight
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
+)
 def test_a_signal_to_the_launcher_saves_the_run(tmp_path, number, expected):
     process = start(words(tmp_path, f"out={tmp_path}/run", "steps=100000", *TWO))
     wait_for_step(process, tmp_path / "run", 2)

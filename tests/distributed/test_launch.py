@@ -103,6 +103,12 @@ def test_a_run_that_another_process_writes_is_refused_before_a_process_starts(re
     other.communicate(b"\n")
 
 
+def test_a_folder_with_files_is_refused_before_a_process_starts(refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes").touch()
+    assert "which is not empty" in refused("--nproc", "2")
+
+
 def test_a_restart_overwrites_no_run_of_its_own_launch(tmp_path, monkeypatch):
     (tmp_path / "run.json").write_text('{"launch": "job-1"}')
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-1")

@@ -2,7 +2,9 @@
 
 import pytest
 
+import transom
 from transom.base.errors import RequestError
+from transom.tokenizers.training import byte_tokenizer
 from transom.training.config import read_config
 from transom.training.loop.rehearsal import rehearse
 
@@ -15,7 +17,8 @@ TOKENS = 256  # of a row
 
 
 def run_args(model=(), **changes):
-    fields = {"model": {**MODEL, **SIZES, **dict(model)}, "optimizer": {"name": "adamw"}}
+    given = {} if "base" in changes else {"model": {**MODEL, **SIZES, **dict(model)}}
+    fields = {**given, "optimizer": {"name": "adamw"}}
     data = {"seq_len": TOKENS, "batch_size": 1024}
     return read_config(None, base={**fields, "data": data, "dtype": "float32", **changes})
 
@@ -26,10 +29,10 @@ def test_fsdp_gathers_blocks_twice_and_scatters_gradients_once():
     assert found.memory["weights"] == pytest.approx(4 * count / 64, rel=0.02)
     assert found.memory["optimizer"] == pytest.approx(8 * count / 64, rel=0.02)
     others = 63 / 64
-    calls, sent = found.collectives["fsdp", "allgather_base"]
+    calls, sent = found.collectives["fsdp", "all-gather"]
     assert calls == 2 * 4 + 1  # the outermost weights stay until backward
     assert sent == pytest.approx(others * 4 * (2 * 4 * BLOCK + OUTSIDE), rel=0.02)
-    calls, sent = found.collectives["fsdp", "reduce_scatter_base"]
+    calls, sent = found.collectives["fsdp", "reduce-scatter"]
     assert (calls, sent) == (5, pytest.approx(others * 4 * count, rel=0.02))
 
 
@@ -37,7 +40,7 @@ def test_tensor_ranks_move_hidden_states_four_times_per_sublayer():
     found = rehearse(run_args(parallel={"tensor": 8, "shard": 1}), 8)
     rows = run_args().data.rows_per_step
     hidden = 7 / 8 * 4 * rows * TOKENS * 64
-    calls, sent = found.collectives["tensor", "reduce_scatter_tensor"]
+    calls, sent = found.collectives["tensor", "reduce-scatter"]
     assert (calls, sent) == (16, pytest.approx(16 * hidden))
     assert found.memory["weights"] == pytest.approx(4 * (4 * BLOCK + OUTSIDE) / 8, rel=0.05)
 
@@ -49,7 +52,7 @@ def test_experts_fewer_than_ranks_are_divided_evenly():
     others = 4 * (4 * 64 * 64 + 2 * 64 + 8 * 64) + OUTSIDE
     assert found.memory["weights"] == pytest.approx(4 * (experts + others) / 64, rel=0.05)
     rows = 1024 // 64 * TOKENS * 2  # top_k
-    calls, sent = found.collectives["expert", "alltoall_base"]
+    calls, sent = found.collectives["expert", "all-to-all"]
     assert calls == 4 * 4  # in each layer, there and back, forward and backward
     assert sent == pytest.approx(16 * 7 / 8 * 4 * rows * 64, rel=0.01)
 
@@ -62,6 +65,29 @@ def test_checkpointing_keeps_one_input_per_block():
     assert 4 * 4 * rows * 64 <= kept < plain / 4
 
 
+def test_an_adapter_alone_has_gradients_and_the_base_is_gathered_as_it_is_stored(tmp_path):
+    model = transom.LLM(transom.ModelArgs(**MODEL, **SIZES))
+    transom.save(model, tmp_path / "base", format="native", tokenizer=byte_tokenizer())
+    lora = {"rank": 4, "targets": ["wq"]}
+
+    def found(**finetune):
+        based = {"base": str(tmp_path / "base"), "finetune": {"lora": lora, **finetune}}
+        return rehearse(run_args(**based, dtype="auto"), 64)
+
+    dense, coded = found(), found(quantize={"kind": "nf4"})
+    adapter = 4 * 4 * (4 * 64 + 64 * 4)  # bytes in float32
+    others = 63 / 64
+    assert dense.memory["gradients"] == pytest.approx(adapter / 64)
+    assert dense.memory["optimizer"] == pytest.approx(2 * adapter / 64, rel=0.15)  # and steps
+    assert dense.collectives["fsdp", "reduce-scatter"] == (4, pytest.approx(others * adapter))
+    count = 4 * BLOCK + OUTSIDE
+    assert dense.memory["weights"] == pytest.approx((2 * count + adapter) / 64, rel=0.03)
+    blocks = 2 * 4 * (2 * BLOCK + adapter // 4)  # twice
+    gathered = dense.collectives["fsdp", "all-gather"][1]
+    assert gathered == pytest.approx(others * (blocks + 2 * OUTSIDE), rel=0.03)
+    assert coded.collectives["fsdp", "all-gather"][1] < gathered / 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -72,6 +98,7 @@ def test_checkpointing_keeps_one_input_per_block():
         ),
         ({"parallel": {"expert": 3}}, "parallel.expert: got 3; expected a divisor of shard x"),
         ({"accumulate": 1024}, "data.batch_size: got 1024; expected a multiple of"),
+        ({"parallel": {"pipeline": 2}}, "parallel.pipeline: got 2; expected 1 with --rehearse"),
     ],
 )
 def test_a_layout_that_does_not_divide_is_refused(changes, message):

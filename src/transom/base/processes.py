@@ -11,22 +11,28 @@ _chosen: list[int] = []  # this process, if it prints the error of all ranks
 
 def world_size() -> int:
     """Return the number of ranks."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def rank() -> int:
     """Return the index of this process among the ranks."""
-    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+    return _number("RANK", 0) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
     """Return the index of this process among the ranks of its machine, which is that of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
+    return _number("LOCAL_RANK", 0) if world_size() > 1 else 0
 
 
 def local_world_size() -> int:
     """Return the number of ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
+    return _number("LOCAL_WORLD_SIZE", 1) if world_size() > 1 else 1
+
+
+def _number(name: str, default: int) -> int:
+    """Return a number of the environment. `distributed.launch.joined` refuses what is none."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
 
 
 def restarts() -> int:

@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # In a process of its own: garbage collections take a fifth of the time of `import torch`.
     gc.set_threshold(50_000 if argv is None else gc.get_threshold()[0])
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings have frames of the C++ stack
     prepare_streams()
     reset_notices()
     with handling(raise_stop, ENDING):
@@ -107,7 +108,8 @@ def _exit_code(words: list[str]) -> int:
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _out_of_memory(error):
             raise  # a bug keeps its traceback
-        print(f"transom: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
+        what = "" if isinstance(error, OSError) else "out of memory: "
+        print(f"transom: {what}{' '.join(str(error).split())}".rstrip(" :"), file=sys.stderr)
         return 1
 
 

@@ -87,10 +87,12 @@ def _launch(args: TrainArgs, options: argparse.Namespace) -> int:
     from transom.checkpoints.files.location import find_model, read_pointer
     from transom.checkpoints.read_args import read_args
     from transom.distributed.launch import launch
+    from transom.training.loop.run_folder import RunFolder
 
     model = None if args.base is None else read_args(find_model(args.base).model)
     args.check_ranks(args.parallel.resolved(options.nproc), model)
-    FolderLock(args.out).release()  # another run is refused now rather than by the first rank
+    with FolderLock(args.out):  # an earlier run is refused now rather than by the first rank
+        RunFolder(args.out).check(overwrite=options.overwrite, resume=options.resume)
     try:
         return launch(options.command, options.nproc, max_restarts=options.max_restarts)
     except WorkError as error:
@@ -130,7 +132,7 @@ def _train(
     early = stopped is not None and not trainer.finished
     code = 128 + stopped if early and stopped not in (None, signal.SIGINT) else 0
     if early and meshes is not None:
-        record(End("stop", f"saved at step {step}", code))
+        record(End("stop", f"saved at step {step}", code, printed=True))
     if rank():
         return trainer, final, code
     try:

@@ -11,15 +11,16 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
 
-from transom.base.errors import RequestError, WorkError
+from transom.base.errors import RequestError, WorkError, one_line
 from transom.base.interrupts import STOPS, exit_code, handling
 from transom.base.processes import RESTARTS, choose_to_print
+from transom.base.runtime import is_out_of_memory
 
 TIMEOUT = "TRANSOM_DIST_TIMEOUT"  # seconds of one call that waits for the other ranks
 WAIT = 5.0  # seconds that the first failed rank waits for what the others report
@@ -35,12 +36,14 @@ class End:
         message: What it would print alone.
         code: Exit code.
         seconds: When, on its clock.
+        printed: Whether it has printed the message.
     """
 
     kind: str
     message: str = ""
     code: int = 0
     seconds: float = 0.0
+    printed: bool = False
 
     @classmethod
     def of(cls, error: BaseException) -> End:
@@ -158,10 +161,12 @@ def _verdict(store: dist.Store, rank: int, size: int, end: End) -> Verdict:
         store.set(f"end/{rank}", json.dumps(asdict(end)))
         if store.add("failures", 1) > 1:
             _wait(store, ["verdict"], 2 * WAIT)
-            if store.check(["verdict"]):
-                found = json.loads(store.get("verdict"))
-                return Verdict(**{**found, "missing": tuple(found["missing"])})
-            return Verdict(rank if end.kind == "error" else None, end.code)
+            if not store.check(["verdict"]):
+                return Verdict(rank if end.kind == "error" else None, end.code)
+            found = json.loads(store.get("verdict"))
+            verdict = Verdict(**{**found, "missing": tuple(found["missing"])})
+            _keep_store(store, rank)
+            return verdict
         _wait(store, [f"end/{other}" for other in range(size)], WAIT)
         ends = {
             other: End(**json.loads(store.get(f"end/{other}")))
@@ -170,6 +175,7 @@ def _verdict(store: dist.Store, rank: int, size: int, end: End) -> Verdict:
         }
         verdict = conclude(ends, size)
         store.set("verdict", json.dumps(asdict(verdict)))
+        _keep_store(store, rank)
     except (RuntimeError, OSError):  # the store has ended with the process that has it
         return Verdict(rank, end.code)
     return verdict
@@ -198,21 +204,33 @@ def _wait(store: dist.Store, keys: list[str], seconds: float) -> None:
         time.sleep(0.05)
 
 
+def _keep_store(store: dist.Store, rank: int) -> None:
+    """Let rank 0, with which the store may end, wait until the others have read the verdict."""
+    store.add("read", 1)
+    end = time.monotonic() + WAIT
+    while rank == 0 and store.add("read", 0) < store.add("failures", 0) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
 def _raise(verdict: Verdict, rank: int, error: BaseException) -> NoReturn:
     """Raise what this rank ends with."""
     late = verdict.rank is None and rank in verdict.missing and End.of(error).kind == "error"
     if rank != verdict.rank and not late:
         raise SystemExit(verdict.code) from None
     choose_to_print()
+    record(replace(End.of(error), printed=True))
     if is_lost(error):
         numbers = ", ".join(map(str, verdict.missing))
-        who = f"rank {numbers}" if numbers else "another rank"
-        hangs = f"has not answered for {limit():g} seconds ({TIMEOUT})"
-        how = hangs if End.of(error).kind == "timeout" else "has ended without a message"
-        raise WorkError(f"{who} {how}") from None
+        many = len(verdict.missing) > 1
+        who = f"rank{'s' * many} {numbers}" if numbers else "another rank"
+        hangs = f"not answered for {limit():g} seconds ({TIMEOUT})"
+        how = hangs if End.of(error).kind == "timeout" else "ended without a message"
+        raise WorkError(f"{who} {'have' if many else 'has'} {how}") from None
     if verdict.alike or isinstance(error, STOPS):
         raise error
     if isinstance(error, (RequestError, WorkError)):  # of this rank alone
         raise type(error)(f"rank {rank}: {error}") from None
+    if is_out_of_memory(error):
+        raise WorkError(f"rank {rank}: out of memory: {one_line(error)}") from None
     error.add_note(f"rank {rank}")
     raise error

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -16,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from transom.base.errors import WorkError, expect, notice
+from transom.base.errors import RequestError, WorkError, expect, notice
 from transom.base.interrupts import STOP_SIGNALS, Background, handling, raise_stop
 from transom.base.processes import RESTARTS, local_world_size, restarts, world_size
 from transom.base.runtime import pick_device
@@ -45,13 +48,18 @@ def joined(args: ParallelArgs, device: str = "auto") -> Iterator[Meshes | None]:
         RequestError: If the degrees do not multiply out to the number of ranks.
         WorkError: If the rendezvous does not answer, or another rank ends or hangs.
     """
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        text = os.environ.get(name)
+        expect(not text or text.isdecimal(), name, text, "a number, as torchrun sets")
     if world_size() == 1:
         args.resolved(1)
         yield None
         return
     seconds = limit()
-    store, rank = _rendezvous(seconds if TIMEOUT in os.environ else JOINING)
+    _end_with_agent()
+    store, rank = _rendezvous(args, seconds if TIMEOUT in os.environ else JOINING)
     with shared_failures(store, rank, world_size()):
+        _check_degrees(store)
         place = pick_device(device)
         if place.type == "cuda":
             torch.cuda.set_device(place)
@@ -70,25 +78,89 @@ def joined(args: ParallelArgs, device: str = "auto") -> Iterator[Meshes | None]:
         dist.destroy_process_group()
 
 
-def _rendezvous(seconds: float) -> tuple[dist.Store, int]:
+def _rendezvous(args: ParallelArgs, seconds: float) -> tuple[dist.Store, int]:
     """Return a store that all ranks have, and the number of this one."""
     names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if not os.environ.get(name)]
     expect(not missing, ", ".join(missing), None, "a value beside WORLD_SIZE, as torchrun sets")
     rank, host, port = (os.environ[name] for name in names)
+    expect(int(rank) < world_size(), "RANK", int(rank), f"less than WORLD_SIZE = {world_size()}")
+    expect(int(port) < 1 << 16, "MASTER_PORT", int(port), "less than 65536")
     if host in ("localhost", "127.0.0.1"):  # else gloo looks up the name of the machine
         loopback = "lo" if sys.platform == "linux" else "lo0"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     join = dist.rendezvous("env://", timeout=timedelta(seconds=seconds))
     try:  # torch waits without a limit for a program that accepts the connection and is no store
-        store, number, _ = Background(lambda: next(join)).result(seconds + 2)
+        store, number, size = Background(lambda: next(join)).result(seconds + 2)
+        seconds = limit()
+        store.set_timeout(timedelta(seconds=seconds))
+        return Background(lambda: _attempt_store(store, number, size, args)).result(), number
+    except WorkError:
+        raise
     except (dist.DistError, RuntimeError, TimeoutError) as error:
-        what = f"got no answer from {host}:{port} within {seconds:g} seconds ({TIMEOUT})"
+        who = f"{host}:{port}" if int(rank) else f"the other ranks at {host}:{port}"
+        what = f"got no answer from {who} within {seconds:g} seconds ({TIMEOUT})"
         expected = f"the store of {world_size()} ranks at MASTER_ADDR:MASTER_PORT"
         if "EADDRINUSE" in str(error):
             what, expected = f"got port {port}, which another program uses", "a free MASTER_PORT"
         raise WorkError(f"rank {rank}: rendezvous: {what}; expected {expected}") from None
-    return dist.PrefixStore(f"attempt {restarts()}", store), number
+
+
+def _attempt_store(store: dist.Store, rank: int, size: int, args: ParallelArgs) -> dist.Store:
+    """Return a part of a store that only those ranks have which were started together.
+
+    The agents of torchrun keep their store when they start all ranks again, and each agent counts
+    its own restarts. Therefore rank 0 numbers the attempts. Its answer to a name that a rank has
+    just chosen is not from an earlier attempt. `restarts` returns the same on all ranks afterwards.
+    """
+    if rank:
+        greeting = uuid.uuid4().hex
+        store.set(f"greeting/{rank}", greeting)
+        attempt = int(store.get(f"answer/{greeting}"))
+    else:
+        attempt = store.add("attempts", 1)
+    part = dist.PrefixStore(f"attempt {attempt}", store)
+    part.add("restarts", restarts())
+    mine, end = vars(args), time.monotonic() + limit()
+    part.set(f"joined/{rank}", json.dumps(mine))
+    different = (0, mine)
+    for other in range(1, 1 if rank else size):
+        while not part.check([f"joined/{other}"]):
+            if store.check([f"greeting/{other}"]):
+                store.set(f"answer/{store.get(f'greeting/{other}').decode()}", str(attempt))
+            if time.monotonic() > end:
+                what = f"rank {other} has not joined within {limit():g} seconds ({TIMEOUT})"
+                raise WorkError(f"rendezvous: {what}")
+            time.sleep(0.005)
+        degrees = json.loads(part.get(f"joined/{other}"))
+        different = different if degrees == mine else (other, degrees)
+    if rank == 0:
+        part.set("degrees", json.dumps([mine, *different]))
+    part.wait(["degrees"])
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt - 1 + part.add("restarts", 0))
+    return part
+
+
+def _check_degrees(store: dist.Store) -> None:
+    """Refuse, on every rank, ranks that would arrange themselves differently."""
+    first, rank, other = json.loads(store.get("degrees"))
+    for name in first:
+        found = f"{first[name]} on rank 0 and {other[name]} on rank {rank}"
+        if first[name] != other[name]:
+            raise RequestError(f"parallel.{name}: got {found}; expected the same on all ranks")
+
+
+def _end_with_agent() -> None:
+    """Stop this rank by SIGTERM when the process that has started it is killed."""
+    agent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == agent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # the shell of ranks started by hand may end
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def launch(words: Sequence[str], ranks: int, *, max_restarts: int = 0) -> int:
@@ -114,6 +186,8 @@ def launch(words: Sequence[str], ranks: int, *, max_restarts: int = 0) -> int:
     name = uuid.uuid4().hex
     for attempt in range(max_restarts + 1):
         code, reason = _attempt(words, ranks, attempt, name)
+        if code > 128 and reason is not None:
+            notice(reason)
         if code == 0 or code == 2 or code > 128:
             return code
         if attempt < max_restarts:
@@ -154,7 +228,7 @@ def _attempt(words: Sequence[str], ranks: int, attempt: int, name: str) -> tuple
                 for rank, one in error.failures.items()
                 if not Path(one.error_file).exists()
             }
-            return _outcome(recorded_ends(Path(folder)), silent)
+            return _outcome(recorded_ends(Path(folder)), silent, min(error.failures))
         except SignalException as stop:
             codes = [end.code for end in recorded_ends(Path(folder))]
             return max(codes, default=128 + stop.sigval), None
@@ -164,12 +238,15 @@ def _attempt(words: Sequence[str], ranks: int, attempt: int, name: str) -> tuple
     return 0, None
 
 
-def _outcome(recorded: Sequence[End], silent: Mapping[int, int]) -> tuple[int, str | None]:
+def _outcome(
+    recorded: Sequence[End], silent: Mapping[int, int], first: int
+) -> tuple[int, str | None]:
     """Return what `_attempt` returns.
 
     Args:
         recorded: The ends of ranks that did not lose another one. One rank prints an error.
         silent: Exit codes of ranks that recorded nothing, the first one first; -N for signal N.
+        first: A rank that ended before the agent ended the others.
     """
     failed, stops = (
         [end.code for end in recorded if (end.kind == "stop") == is_stop]
@@ -181,7 +258,11 @@ def _outcome(recorded: Sequence[End], silent: Mapping[int, int]) -> tuple[int, s
     stopped = (-signal.SIGTERM, 128 + signal.SIGTERM)
     found = next((rank for rank, code in silent.items() if code not in stopped), None)
     if found is None:
-        return max(stops, default=128 + signal.SIGTERM if silent else 1), None
+        code = max(stops, default=128 + signal.SIGTERM if silent else 1)
+        # Rank 0 prints why it ended before it joined the others.
+        if any(end.printed for end in recorded) or silent.get(0, 0) > 0 or code <= 128:
+            return code, None
+        return code, f"rank {first} was ended by {signal.Signals(code - 128).name}"
     code = silent[found]
     if code in (1, 2):  # before the ranks joined; Python or the command has printed why
         return code, None

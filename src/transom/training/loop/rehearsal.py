@@ -21,9 +21,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from transom.base.errors import expect
+from transom.base.errors import expect, notice
 from transom.checkpoints.files.location import find_model
-from transom.checkpoints.read_args import read_args
+from transom.checkpoints.load import open_weights
 from transom.checkpoints.state import meta_model
 from transom.config.parallel_args import ParallelArgs
 from transom.data.batch import Batch
@@ -31,6 +31,7 @@ from transom.distributed.mesh import Meshes
 from transom.distributed.parallelize import parallelize
 from transom.distributed.ranks import Ranks
 from transom.models.llm import LLM
+from transom.planning.tables import byte_words, counted
 from transom.training.config import TrainArgs
 from transom.training.loop.blocks import arrange_blocks
 from transom.training.losses.balance import router_losses
@@ -38,8 +39,16 @@ from transom.training.losses.cross_entropy import head_loss
 from transom.training.optim.optimizers import build_optimizer
 
 CPU = torch.device("cpu")
+# How the names of torch begin, without `_`, and what is printed for them.
+OPERATIONS = {
+    "allgather": "all-gather",
+    "allreduce": "all-reduce",
+    "alltoall": "all-to-all",
+    "reducescatter": "reduce-scatter",
+    "recv": "receive",
+}
 # Of what a collective sends per rank, as a multiple of (ranks - 1) / ranks of its larger tensor.
-ROUNDS = {"all_reduce": 2.0, "allreduce": 2.0}
+ROUNDS = {"all-reduce": 2.0}
 
 
 @dataclass(frozen=True)
@@ -72,18 +81,18 @@ def rehearse(args: TrainArgs, world_size: int) -> Rehearsal:
         RequestError: If the model or the batch cannot be divided in this way.
     """
     expect(world_size >= 1, "--rehearse", world_size, "1 rank or more")
-    based = None if args.base is None else read_args(find_model(args.base).model)
-    model_args = based or args.model_args(vocab_size=None)
+    model = _meta_model(args).train()
     parallel = args.parallel.resolved(world_size)
-    parallel.check_model(model_args)
-    args.check_model(model_args)
+    expect(parallel.pipeline == 1, "parallel.pipeline", parallel.pipeline, "1 with --rehearse")
+    parallel.check_model(model.args)
+    args.check_model(model.args)
     shares, size = parallel.rows * args.accumulate, args.data.rows_per_step
     expected = f"a multiple of ranks with own rows x accumulate = {shares}"
     expect(size % shares == 0, "data.batch_size", size, expected)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         meshes = Meshes.make(parallel, "cpu")
-        model = parallelize(meta_model(model_args).train(), meshes)
+        parallelize(model, meshes)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             arrange_blocks(model, checkpointing=args.activation_checkpoint)
@@ -91,6 +100,25 @@ def rehearse(args: TrainArgs, world_size: int) -> Rehearsal:
         return Rehearsal(parallel, memory, collectives, size * args.data.seq_len)
     finally:
         dist.destroy_process_group()
+
+
+def _meta_model(args: TrainArgs) -> LLM:
+    """Return the model of a config, with the weights that train and without numbers."""
+    if args.base is None:
+        return meta_model(args.model_args(vocab_size=None))
+    folder, finetune = find_model(args.base).model, args.finetune
+    if finetune is None:
+        return open_weights(folder, "float32")[0]
+    from transom.training.finetune.weights import choose_weights
+
+    lora = finetune.method == "lora"
+    keep = finetune.keep_quantized if lora and finetune.quantize is None else False
+    dtype = "bfloat16" if lora and args.dtype != "float32" else "float32"
+    model, _ = open_weights(folder, dtype, keep_quantized=keep)
+    choose_weights(model, finetune, args.seed, new_tokens=bool(finetune.new_tokens))
+    if finetune.objective != "sft":
+        notice(f"finetune.objective: {finetune.objective} is rehearsed as sft")
+    return model
 
 
 def _step(
@@ -156,7 +184,10 @@ class Counted(TorchDispatchMode):
             return out
         group = next(found for one in tree_leaves(args) if (found := self._group(one)) is not None)
         tensors = [one for one in tree_leaves((args, out)) if isinstance(one, Tensor)]
-        size, operation = max((one.nbytes for one in tensors), default=0), func._opname.strip("_")
+        size = max((one.nbytes for one in tensors), default=0)
+        name = func._opname.replace("_", "")
+        known = (ours for begin, ours in OPERATIONS.items() if name.startswith(begin))
+        operation = next(known, name)
         rounds = ROUNDS.get(operation, 1.0) * (group.size() - 1) / group.size()
         key = self._names.get(group.group_name, "all"), operation
         calls, total = self.found.get(key, (0, 0))
@@ -223,11 +254,12 @@ def storage_of(tensor: Tensor) -> int:
 def lines(found: Rehearsal) -> list[str]:
     """Return a rehearsal as lines of text."""
     total = sum(found.memory.values())
-    given = ", ".join(f"{name} {degree}" for name, degree in vars(found.args).items())
-    rows = [f"{found.args.world_size} ranks: {given}", f"memory of rank 0: {total / 1e9:.2f} GB"]
-    rows += [f"  {name}: {size / 1e9:.2f} GB" for name, size in found.memory.items()]
+    given = found.args.describe() or "alone"
+    ranks = counted(found.args.world_size, "rank")
+    rows = [f"{ranks}: {given}", f"memory of rank 0: {byte_words(total)}"]
+    rows += [f"  {name}: {byte_words(size)}" for name, size in found.memory.items()]
     sent = sum(size for _, size in found.collectives.values())
-    rows.append(f"sent by rank 0 in a step of {found.tokens:,} tokens: {sent / 1e9:.2f} GB")
+    rows.append(f"sent by rank 0 in a step of {found.tokens:,} tokens: {byte_words(sent)}")
     for (group, operation), (calls, size) in sorted(found.collectives.items()):
-        rows.append(f"  {group}: {operation} x {calls}, {size / 1e9:.3f} GB")
+        rows.append(f"  {group}: {operation} x {calls}, {byte_words(size)}")
     return rows

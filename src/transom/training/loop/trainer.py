@@ -26,7 +26,7 @@ class Trainer(Stepper):
     """Takes the steps of a run, and scores, samples and saves between them.
 
     Attributes:
-        saver: Writes checkpoints if ranks divide the model; made at the first one.
+        saver: Writes checkpoints if ranks divide the model; made before the first step or save.
     """
 
     saver: Saver | None = None
@@ -50,6 +50,8 @@ class Trainer(Stepper):
         if self.ranks.rank == 0:
             self.run.lock()
         matmul_peak(self.device.type, self.dtype)  # measured now and not during a step
+        if self.ranks.divided:  # now, since the store that it needs may end with its process
+            self.saver = self.saver or Saver(self.ranks)
         with self.stop.listening():
             try:
                 with self.monitor.board_open():

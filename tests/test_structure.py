@@ -83,7 +83,7 @@ def test_every_dependency_has_its_reason():
 
 # Code lines of each room. Lower a ceiling when a room shrinks; explain a higher one in the commit.
 CEILINGS = {
-    "base": 841,
+    "base": 844,
     "config": 698,
     "planning": 487,
     "attention": 708,
@@ -97,13 +97,13 @@ CEILINGS = {
     "lora": 607,
     "chat": 896,
     "checkpoints": 4_980,
-    "distributed": 1_334,
+    "distributed": 1_414,
     "data": 2_203,
     "inference": 2_157,
     "evaluation": 1_370,
-    "training": 4_356,
+    "training": 4_377,
     "verify": 3_051,
-    "cli": 1_803,
+    "cli": 1_807,
 }
 
 

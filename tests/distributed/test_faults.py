@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -35,7 +36,7 @@ CLOSED = End("closed", code=1)
 
 def printed(err: str) -> list[str]:
     """Return the errors that a command has printed."""
-    notices = ("documents", "nothing is held out", "resumed at", "unfinished, removed")
+    notices = ("documents", "nothing is held", "resumed at", "unfinished, removed", "waiting for")
     lines = [line for line in err.splitlines() if line.startswith("transom: ")]
     return [line for line in lines if not any(words in line for words in notices)]
 
@@ -206,7 +207,16 @@ def test_a_job_killed_on_four_ranks_resumes_on_two_with_the_same_losses(straight
 def test_a_signal_to_the_launcher_saves_the_run(tmp_path, number, expected):
     process = start(words(tmp_path, f"out={tmp_path}/run", "steps=100000", *TWO))
     wait_for_step(process, tmp_path / "run", 2)
+    ranks, end = (
+        [Path(f"/proc/{one}") for one in ranks_of(process).values()],
+        time.monotonic() + 100,
+    )
     os.kill(process.pid, number)
+    while any(one.exists() for one in ranks) and time.monotonic() < end:
+        time.sleep(0.1)
+    for one in ranks:  # that have lost the launcher and go on
+        if one.exists():
+            os.kill(int(one.name), signal.SIGKILL)
     code, _, err = finish(process)
     assert (code, printed(err)) == (expected, []), err
     steps = len(losses(tmp_path / "run"))

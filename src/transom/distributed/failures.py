@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from transom.base.errors import RequestError, WorkError, one_line
+from transom.base.errors import RequestError, WorkError
 from transom.base.interrupts import STOPS, exit_code, handling
 from transom.base.processes import RESTARTS, choose_to_print
 from transom.base.runtime import is_out_of_memory
@@ -231,6 +231,7 @@ def _raise(verdict: Verdict, rank: int, error: BaseException) -> NoReturn:
     if isinstance(error, (RequestError, WorkError)):  # of this rank alone
         raise type(error)(f"rank {rank}: {error}") from None
     if is_out_of_memory(error):
-        raise WorkError(f"rank {rank}: out of memory: {one_line(error)}") from None
+        details = " ".join(str(error).split())[:160]
+        raise WorkError(f"rank {rank}: out of memory: {details}".rstrip(": ")) from None
     error.add_note(f"rank {rank}")
     raise error

@@ -84,7 +84,7 @@ def test_every_dependency_has_its_reason():
 # Code lines of each room. Lower a ceiling when a room shrinks; explain a higher one in the commit.
 CEILINGS = {
     "base": 844,
-    "config": 698,
+    "config": 699,
     "planning": 487,
     "attention": 708,
     "ops": 220,

@@ -68,7 +68,10 @@ def test_ranks_that_would_change_an_objective_are_refused(finetune, degrees, mes
         (["parallel.tensor=3"], "parallel: replicate 1 x shard 1 x context 1 x tensor 3"),
         (["parallel.tensor=4"], "parallel.tensor: got 4; expected a divisor of 2, the greatest"),
         (["parallel.pipeline=4"], "parallel.pipeline: got 4; expected at most the 2 layers"),
-        (["parallel.expert=4"], "parallel.expert: got 4; expected a divisor of the 1 experts"),
+        (
+            ["parallel.expert=4"],
+            "parallel.expert: got 4; expected 1, since the model has no experts",
+        ),
         (["parallel.context_ring=true"], "parallel.context_ring: got True; expected false without"),
         ([*RING, "model.sliding_window=8"], "parallel.context_ring: got True; expected false for"),
         ([*RING, "device=cuda"], "dtype: got 'float32'; expected bfloat16 or float16 with"),

@@ -103,7 +103,8 @@ class ParallelArgs:
         experts = {layer.moe.num_experts for layer in model.layers if layer.moe is not None}
         if self.expert > 1:
             count = math.gcd(*experts) if experts else 1
-            expected = f"a divisor of the {count} experts of the model"
+            divisor = f"a divisor of the {count} experts of the model"
+            expected = divisor if experts else "1, since the model has no experts"
             expect(count % self.expert == 0, "parallel.expert", self.expert, expected)
             expected = "1 with parallel.expert: experts are not divided twice"
             expect(self.tensor == 1, "parallel.tensor", self.tensor, expected)

@@ -45,7 +45,7 @@ class FileRange(NamedTuple):
     Attributes:
         first: The first byte.
         last: The byte after the last one.
-        ends: Those before the pieces of the file, which all have this object.
+        ends: The line ends before the range. All pieces of a file have the same object.
     """
 
     first: int

@@ -24,7 +24,7 @@ from transom.distributed.ring_attention import ring
 
 @dataclass(frozen=True)
 class ContextAttend:
-    """`attend` of queries of this rank with keys and values of all ranks, in calls of `cut_rows`.
+    """Attention of this rank's tokens of rows that were cut by `cut_rows` to those of all ranks.
 
     Attributes:
         attend: The attention backend.

@@ -74,9 +74,11 @@ class Meshes:
     def of_stage(self) -> Meshes:
         """Return the meshes for a second model, which the ranks of one stage divide.
 
-        Its experts are divided as other weights are, since it may have none.
+        Its experts are divided as other weights are, since it may have none. It may also have
+        layers for which keys are gathered instead of ring attention.
         """
-        return replace(self, args=replace(self.args, pipeline=1, expert=1), experts=None)
+        args = replace(self.args, pipeline=1, expert=1, context_ring=False)
+        return replace(self, args=args, experts=None)
 
     def set_timeout(self, limit: timedelta) -> None:
         """Limit the time of each call that waits for other ranks; new groups take a default."""

@@ -48,7 +48,7 @@ def ring(
 
 
 def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> str | None:
-    """Return why the ring can't compute a job of `cut_rows`, or None.
+    """Return why the ring can't compute the attention of rows cut by `cut_rows`, or None.
 
     The host decides by what all ranks of a row know, so that they decide alike.
     """

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from transom.base.errors import RequestError, notice
+from transom.base.errors import RequestError, expect, notice
 from transom.base.runtime import dtype_name, evaluating
 from transom.checkpoints.files.location import find_model
 from transom.checkpoints.load import load
@@ -76,7 +76,7 @@ def open_teacher(name: str, model: LLM, dtype: torch.dtype, ranks: Ranks) -> LLM
     """Return the teacher of a model, of which ranks that divide the model have their parts.
 
     In a pipeline only the last stage has one, on the meta device elsewhere. A teacher that cannot
-    be divided is read by every rank.
+    be divided is read by every rank, after a notice.
 
     Raises:
         RequestError: As for `load`.
@@ -84,10 +84,12 @@ def open_teacher(name: str, model: LLM, dtype: torch.dtype, ranks: Ranks) -> LLM
     location, stage, kind = find_model(name), stage_of(model), dtype_name(dtype)
     if stage is not None and not stage.last:
         return meta_model(read_args(location.model))
-    if ranks.meshes is not None and ranks.divided and location.adapter is None:
-        meshes = ranks.meshes.of_stage()
+    if ranks.meshes is not None and ranks.divided:
         try:
-            return load_parts(location.model, meshes, ranks.device, kind, keep_quantized=None)
+            expect(location.adapter is None, "teacher", name, "merged weights and no adapter")
+            return load_parts(
+                location.model, ranks.meshes.of_stage(), ranks.device, kind, keep_quantized=None
+            )
         except RequestError as error:
             notice(f"finetune.teacher: rank {ranks.rank} reads all of it, since {error}")
     return load(location, str(ranks.device), kind)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transom.attention.backends import Attend
 from transom.attention.mask import MaskSpec
 from transom.attention.view import CacheView, ScoreArgs
+from transom.base import copies
 from transom.layers.block import TransformerBlock
 from transom.layers.compiled import compile_forward
 from transom.models.llm import LLM
@@ -145,5 +146,4 @@ def is_weight(tensor: Tensor) -> bool:
 
 def to_device(packed: tuple[torch.device, Tensor]) -> Tensor:
     """Return a tensor of `to_host` on its device."""
-    device, tensor = packed
-    return tensor.to(device, non_blocking=device.type == "cuda")
+    return copies.to_device(packed[1], packed[0])

@@ -130,8 +130,7 @@ class Monitor:
         """
         held_out = self.data.held_out
         if not isinstance(held_out, Mapping):
-            items = self.ranks.share(held_out)
-            score = partial(self.objective.evaluate, items)
+            score = partial(self.objective.evaluate, self.ranks.share(held_out))
             apart = self.objective.generates
             return {"": score() if apart else scored(self.model, score)} if held_out else {}
         bos = self.tokenizer.bos_id if self.tokenizer.adds_bos else None

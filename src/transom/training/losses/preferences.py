@@ -285,7 +285,8 @@ def parted(tokens_T: Tensor, targets_T: Tensor) -> Parted:
     places = (targets_T != NO_TARGET).nonzero().flatten()
     first, stop = int(places[0]), int(places[-1]) + 1
     answer_T = torch.cat((tokens_T[first + 1 : stop], targets_T[stop - 1 : stop]))
-    return Parted(tokens_T[: first + 1], answer_T, targets_T[first:stop] != NO_TARGET)
+    # A view would take the whole batch along to other ranks.
+    return Parted(tokens_T[: first + 1].clone(), answer_T, targets_T[first:stop] != NO_TARGET)
 
 
 def mismatched(rows: Sequence[Parted], before: Parted, most: int) -> list[EncodedChat]:

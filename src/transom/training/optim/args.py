@@ -54,7 +54,7 @@ class OptimizerArgs:
         1.0, "clip gradients to this global norm; null: no clipping", **_RATE
     )
     state_bits: Literal[32, 8] = describe(
-        32, "AdamW: bits of a running mean; with 8 embeddings keep 32 (arXiv 2110.02861)"
+        32, "AdamW: bits of a running mean; with 8, embeddings and small weights keep 32"
     )
     in_backward: bool = describe(
         False, "update each weight as soon as it has its gradient, which is then freed; no clipping"

@@ -78,13 +78,13 @@ def rehearse(args: TrainArgs, world_size: int) -> Rehearsal:
         world_size: The number of ranks.
 
     Raises:
-        RequestError: If the model or the batch cannot be divided in this way.
+        RequestError: If the model, the batch or the objective cannot be divided in this way.
     """
     expect(world_size >= 1, "--rehearse", world_size, "1 rank or more")
     model = _meta_model(args).train()
     parallel = args.parallel.resolved(world_size)
     expect(parallel.pipeline == 1, "parallel.pipeline", parallel.pipeline, "1 with --rehearse")
-    parallel.check_model(model.args)
+    args.check_ranks(parallel, model.args)
     args.check_model(model.args)
     shares, size = parallel.rows * args.accumulate, args.data.rows_per_step
     expected = f"a multiple of ranks with own rows x accumulate = {shares}"

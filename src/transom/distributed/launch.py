@@ -260,7 +260,8 @@ def _outcome(
     if found is None:
         code = max(stops, default=128 + signal.SIGTERM if silent else 1)
         # Rank 0 prints why it ended before it joined the others.
-        if any(end.printed for end in recorded) or silent.get(0, 0) > 0 or code <= 128:
+        told = any(end.printed for end in recorded) or silent.get(0, 0) > 0
+        if told or code - 128 not in STOP_SIGNALS:
             return code, None
         return code, f"rank {first} was ended by {signal.Signals(code - 128).name}"
     code = silent[found]

@@ -266,8 +266,7 @@ class Ranks:
         """
         group = 1 if self.meshes is None else self.row_ranks // self.meshes.args.replicate
         place = self.row_rank % group
-        first = self.row_rank - place
-        shares = self.each_share(items)[first : first + group]
+        shares = self.each_share(items)[self.row_rank - place :][:group]
         own = slice(place * len(items), (place + 1) * len(items))
         return [item for share in shares for item in share], own
 

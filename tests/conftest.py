@@ -3,6 +3,7 @@
 import os
 import signal
 import warnings
+from contextlib import suppress
 from importlib.util import find_spec
 
 import pytest
@@ -51,8 +52,11 @@ def _own_cache(tmp_path_factory, pytestconfig):
     do later runs of pytest: it lies in the folder `.pytest_cache`, if pytest may write there.
     """
     cache, base = tmp_path_factory.mktemp("cache"), tmp_path_factory.getbasetemp()
-    if hasattr(pytestconfig, "cache"):
-        (cache / "ops").symlink_to(pytestconfig.cache.mkdir("ops"))
+    kept = None
+    with suppress(OSError):
+        kept = pytestconfig.cache.mkdir("ops") if hasattr(pytestconfig, "cache") else None
+    if kept is not None and os.access(kept, os.W_OK):
+        (cache / "ops").symlink_to(kept)
     elif "PYTEST_XDIST_WORKER" in os.environ:
         shared = base.parent / "ops"
         shared.mkdir(exist_ok=True)

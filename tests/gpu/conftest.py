@@ -5,13 +5,19 @@ import os
 import pytest
 
 EMULATED = os.environ.get("EMULATE_GPU") == "1"
-# 32k tokens without fused kernels, and kernels that a profiler of CUDA counts.
-NEED_KERNELS = ("test_auto_is_linear_in_memory_at_32k", "test_joined_weights_are_multiplied_by")
+# 32k tokens without fused kernels, kernels that a profiler of CUDA counts, and NCCL.
+NEED_KERNELS = (
+    "test_auto_is_linear_in_memory_at_32k",
+    "test_joined_weights_are_multiplied_by",
+    "test_the_ring_equals_gathered_keys",
+)
 
 if EMULATED:
-    from tests.gpu.emulated.install import install
+    from tests.gpu.emulated.install import install, why_not
     from transom.base import runtime
 
+    if reason := why_not():
+        raise pytest.UsageError(f"EMULATE_GPU=1: the emulated device {reason}")
     install()
     runtime.matmul_peak = lambda device_type, dtype: 1e12  # it would take minutes
 

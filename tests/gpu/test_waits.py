@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.gpu.emulated.install import why_not
 from tests.training.finetune.runs import base_folder, preferences, run_args
 from tests.training.runs import tiny_args as tiny_run
 from transom.training.loop.setup import open_run
@@ -59,15 +60,24 @@ def test_a_step_of_preferences_waits_once_more_per_forward(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a real device is there")
+@pytest.mark.skipif(why_not() is not None, reason=f"the emulated device {why_not()}")
 @pytest.mark.parametrize(
     "file", ["cuda", "decode", "finetune_cuda", "training_depth_cuda", "waits"]
 )
-def test_the_code_for_gpus_runs_on_an_emulated_one(file):
+def test_the_code_for_gpus_runs_on_an_emulated_one(tmp_path, file):
     """It shows tensors on two devices, hidden waits and graphs that read stale inputs; no kernel of
     CUDA, and no speed.
     """
-    words = ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"{HERE}/test_{file}.py"]
+    words = [
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        f"--basetemp={tmp_path / 'own'}",
+    ]
+    words.append(f"{HERE}/test_{file}.py")
     done = subprocess.run(
         [sys.executable, *words],
         env={**os.environ, "EMULATE_GPU": "1"},

@@ -13,7 +13,7 @@ from transom.inference.draft import DraftModel
 from transom.inference.loop import generate, stream
 from transom.inference.sampler import Sampler
 from transom.inference.sampling import SamplingArgs
-from transom.inference.speculate import DraftCounts, PromptLookup, Proposal
+from transom.inference.speculate import DraftCounts, PromptLookup, Proposal, verify
 from transom.layers.inputs import TransformerInput
 
 KINDS = {
@@ -294,6 +294,13 @@ def test_nan_logits_after_a_proposal_are_not_sampled():
     options = {"draft": Guesses(PROMPT + plain), "decode": DecodeArgs(num_draft_tokens=3)}
     with pytest.raises(WorkError, match="logits: got NaN"):
         tokens_of(model, new=6, **options)
+
+
+def test_nan_logits_after_a_rejected_proposal_do_not_end_the_text():
+    logits_TV = torch.zeros(2, 61)
+    logits_TV[0, 5], logits_TV[1] = 1, float("nan")
+    sampler = Sampler(SamplingArgs(), 1, 61)
+    assert verify(sampler, logits_TV, Proposal([7]), ()) == [5]
 
 
 @pytest.mark.parametrize(

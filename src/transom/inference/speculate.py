@@ -124,11 +124,11 @@ def verify(
         tokens are then those of decoding without proposals and with the same seed.
 
     Raises:
-        WorkError: Logits are NaN or infinite.
+        WorkError: Logits that a token is drawn from are NaN or infinite.
     """
-    check_finite(bool(not_finite(logits_TV).any()), logits_TV.dtype)
-    new: list[int] = []
+    broken, new = not_finite(logits_TV).tolist(), list[int]()
     for place, logits_1V in enumerate(logits_TV.split(1)):
+        check_finite(broken[place], logits_TV.dtype)  # those after a rejected one do not matter
         drafted = proposal.ids[place] if place < len(proposal.ids) else None
         if drafted is not None and proposal.probs:
             new.append(sampler.accept_or_replace(logits_1V, drafted, proposal.probs[place]))

@@ -52,8 +52,8 @@ def loaded() -> ctypes.CDLL | None:
 def built() -> Path:
     """Return the library in the cache folder, which is compiled if it isn't there.
 
-    Its name depends on the C++ files, the compiler, and the instructions of this processor. Other
-    processes that need it wait meanwhile.
+    Its name depends on the C++ files, the compiler and its flags, and the instructions of this
+    processor. Other processes that need it wait meanwhile.
 
     Raises:
         WorkError: There is no compiler, or it fails, or the cache folder can't be written.
@@ -64,7 +64,8 @@ def built() -> Path:
     here = Path(__file__).parent
     # The predefined macros name the version of the compiler and all instructions it may use.
     macros = _run(found, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
-    parts = [found.encode(), macros, *((here / name).read_bytes() for name in UNITS + HEADERS)]
+    files = ((here / name).read_bytes() for name in UNITS + HEADERS)
+    parts = [" ".join((found, *FLAGS)).encode(), macros, *files]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
     path = cache_dir() / "ops" / f"{key}.so"
     if path.exists():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +29,13 @@ COUNT = 8  # devices, as in device.h
 MEMORY = 16 << 30  # bytes that a device states to have
 HERE, TORCH = Path(__file__).parent, Path(torch.__file__).parent
 kernels: Any = torch.ops.emulated_gpu
+
+
+def why_not() -> str | None:
+    """Return why there can be no emulated device here, in words; None if there can be one."""
+    if torch.backends.cuda.is_built():
+        return "needs a torch without CUDA, whose kernels would be used"
+    return None if shutil.which("g++") else "needs g++"
 
 
 def install() -> None:
@@ -58,11 +66,15 @@ LIBRARY = torch.library.Library("aten", "IMPL", "CUDA")
 
 
 def compiled() -> Path:
-    """Return the library of the device, which is compiled once per machine and release of torch."""
+    """Return the library of the device, which is compiled once per checkout and release of torch.
+
+    It does not lie in a folder that other users may write to, since it is loaded.
+    """
     sources = [HERE / "device.h", HERE / "kernels.cpp"]
     text = b"".join(one.read_bytes() for one in sources) + torch.__version__.encode()
-    path = Path(tempfile.gettempdir()) / f"emulated-gpu-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    path = HERE / "__pycache__" / f"gpu-{hashlib.sha256(text).hexdigest()[:16]}.so"
     if not path.exists():
+        path.parent.mkdir(exist_ok=True)
         include = [TORCH / "include", TORCH / "include" / "torch" / "csrc" / "api" / "include"]
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name

@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from tests.training.finetune.runs import base_folder, run_args, solved
-from tests.training.runs import losses, tiny_config
+from tests.training.runs import losses, tiny_args, tiny_config
 from transom.base.interrupts import Background, Terminated, handling, raise_stop
 from transom.cli.main import main
+from transom.distributed.ranks import Ranks
 from transom.training.loop import run_parts as subject
 from transom.training.loop import setup
 from transom.training.loop.monitor import Monitor
@@ -220,6 +221,14 @@ def test_nothing_but_a_run_is_emptied_by_resume(tmp_path, train, capsys):
     assert train("--resume") == 2
     assert "thesis.tex" in capsys.readouterr().err
     assert (tmp_path / "run" / "thesis.tex").exists()
+
+
+def test_a_signal_while_ranks_ask_for_signals_is_not_lost(tmp_path, signals):
+    signals(Ranks, "largest", 3)
+    trainer = open_run(tiny_args(tmp_path), quiet=True)
+    trainer.fit()
+    assert trainer.stop.signal == signal.SIGTERM
+    assert trainer.progress.step < trainer.args.steps
 
 
 def test_a_signal_while_answers_are_drawn(tmp_path, signals):

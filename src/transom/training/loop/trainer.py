@@ -67,7 +67,7 @@ class Trainer(Stepper):
     def _run(self) -> Score:
         try:
             self._take_steps()
-            if self.stop.signal is None:
+            if not self._asked_to_stop():
                 return self._finish()
         except STOPS:  # a first signal saves the run, and a second one ends it at once
             if self.stop.signal is None or self.stop.again:
@@ -111,8 +111,10 @@ class Trainer(Stepper):
 
     def _asked_to_stop(self) -> bool:
         """Return whether any rank has received a signal, so that all ranks stop at one step."""
-        self.stop.signal = self.ranks.largest(self.stop.signal or 0) or None
-        return self.stop.signal is not None
+        heard = self.ranks.largest(self.stop.signal or 0)
+        if heard:  # else a signal that came during the call would be lost
+            self.stop.signal = heard
+        return heard > 0
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:

@@ -54,6 +54,7 @@ print(ids)
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_transom_generates_the_same_tokens(tmp_path):
     model = write_model(tmp_path / "model", sliding_window=8, layer_pattern="SF")
     words = ("--format", "exported", "--context", "40")

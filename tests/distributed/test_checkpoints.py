@@ -265,6 +265,7 @@ def on_a_base(folder):
             train(folder, name, until, meshes_of(), args)
 
 
+@pytest.mark.slow
 def test_runs_on_a_base_write_its_format_and_continue(tmp_path):
     base_folder(tmp_path / "base", format="hf")
     chats(tmp_path / "chats.jsonl")

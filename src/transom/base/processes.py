@@ -30,7 +30,7 @@ def local_world_size() -> int:
 
 
 def _number(name: str, default: int) -> int:
-    """Return a number of the environment. `distributed.launch.joined` refuses what is none."""
+    """Return a number from the environment. `distributed.launch.joined` refuses other text."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default
 

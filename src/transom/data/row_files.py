@@ -185,7 +185,7 @@ def _parquet(path: Path, only: str | None, piece: FileRange) -> Iterator[DataRow
             names = table.schema_arrow.names
             twice = sorted({name for name in names if names.count(name) > 1})
             expect(not twice, f"{path}: columns", twice, "every name once")
-            # A row group begins at the share of the bytes that the rows before it are of the rows.
+            # The byte at which a row group begins is estimated from the number of rows before it.
             metadata, size = table.metadata, path.stat().st_size
             sizes = (metadata.row_group(at).num_rows for at in range(metadata.num_row_groups))
             *rows, end = accumulate(sizes, initial=0)

@@ -107,7 +107,7 @@ def _rendezvous(args: ParallelArgs, seconds: float) -> tuple[dist.Store, int]:
 
 
 def _attempt_store(store: dist.Store, rank: int, size: int, args: ParallelArgs) -> dist.Store:
-    """Return a part of a store that only those ranks have which were started together.
+    """Return a store for the ranks of one attempt, which were started together.
 
     The agents of torchrun keep their store when they start all ranks again, and each agent counts
     its own restarts. Therefore rank 0 numbers the attempts. Its answer to a name that a rank has

@@ -343,6 +343,6 @@ def stage_of(model: nn.Module) -> Stage | None:
 
 
 def scored(model: nn.Module, work: Callable[[], T]) -> T:
-    """Return what `work` returns, which only scores with a model; see `Stage.scored`."""
+    """Call `work`, which scores with a model, and return its result; see `Stage.scored`."""
     stage = stage_of(model)
     return work() if stage is None else stage.scored(work)

@@ -106,6 +106,6 @@ class _Ring(torch.autograd.Function):
 
 
 def _kernel(one: Tensor, direction: str = "") -> Any:
-    """Return torch's operator for the device that returns, or takes, the log-sum-exp."""
+    """Return torch's flash attention for a device; its `direction` is "" or "_backward"."""
     where = "" if one.is_cuda else "_for_cpu"
     return getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{where}{direction}")

@@ -211,7 +211,7 @@ def activate_adapters(model: nn.Module, names: Collection[str]) -> None:
         _check_sum(path, [name for name in names if name in adapters], adapters)
         complete = all(own.numel() for own in adapters.replaced.values())
         expected = (
-            "no other choice of adapters, since ranks have no parts of the weights it replaces"
+            "the adapter to stay active, since ranks do not keep the weights that it replaces"
         )
         expect(complete, "modules_to_save", path, expected)
     for _, module, adapters in adapted_modules(model):

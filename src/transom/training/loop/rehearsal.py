@@ -103,7 +103,7 @@ def rehearse(args: TrainArgs, world_size: int) -> Rehearsal:
 
 
 def _meta_model(args: TrainArgs) -> LLM:
-    """Return the model of a config, with the weights that train and without numbers."""
+    """Return the model of a config on the meta device, with its adapters and frozen weights."""
     if args.base is None:
         return meta_model(args.model_args(vocab_size=None))
     folder, finetune = find_model(args.base).model, args.finetune

@@ -257,7 +257,7 @@ class Preference(Objective):
         expect(count > 1, "rows", count, "2 or more with kto")
         before = ranks.each_share(rows[-1])[ranks.row_rank - 1]
         chats = mismatched(rows, before, self.model.args.max_seq_len)
-        # Ranks that call the model together do so equally often.
+        # Ranks that divide a model must call it equally often, so all use the same length.
         longest = ranks.largest(max(len(chat.ids) for chat in chats))
         gains = []
         for group in batches_by_length([longest] * len(chats), BATCH_TOKENS):

@@ -194,7 +194,7 @@ def _blocks(parameter: Tensor, fill: float, dtype: torch.dtype) -> Tensor:
 
     def shape(weight: Tensor) -> torch.Size:
         *rest, width = weight.shape
-        expected = f"32, since ranks have {width} columns of a weight, no multiple of {length}"
+        expected = f"32, since {width} columns of a rank are no multiple of {length}, a block"
         expect(width % length == 0, "optimizer.state_bits", 8, expected)
         blocks = (*rest, width // length)
         return torch.Size((*blocks, length) if dtype == torch.uint8 else blocks)
